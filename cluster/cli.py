@@ -1,0 +1,224 @@
+"""The `manta` command. `manta serve` runs Ray, Serve and the server in the foreground.
+
+Owns the process: preflight, start, SIGINT and SIGTERM, the order of the end, the exit code. What it
+serves is `deployments.app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.server import ServerSettings
+
+from .flags import FlagError, parse, usage
+
+SERVE_ENV = Path(__file__).with_name("serve.env")
+START_POLL_S = 0.25
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: manta serve --model-repository=PATH ...; manta serve --help")
+        return 0 if words else 1
+    if words[0] != "serve":
+        print(f"manta: unknown command '{words[0]}'; there is: serve", file=sys.stderr)
+        return 1
+    if any(word in ("-h", "--help") for word in words[1:]):
+        print(usage())
+        return 0
+    try:
+        settings = read_settings(words[1:])
+    except (FlagError, ValueError) as error:
+        print(f"manta serve: {_first_reason(error)}\n\n{usage()}", file=sys.stderr)
+        return 1
+    return serve(settings)
+
+
+def read_settings(arguments: Sequence[str]) -> ServerSettings:
+    """Raises FlagError or pydantic's ValidationError; repositories become absolute paths."""
+    values = parse(arguments)
+    settings = ServerSettings(**values)
+    absolute = tuple(os.path.abspath(path) for path in settings.model_repository)
+    for path in absolute:
+        if not os.path.isdir(path):
+            raise FlagError(f"model repository '{path}' is not a directory")
+    return settings.model_copy(update={"model_repository": absolute})
+
+
+def _first_reason(error: Exception) -> str:
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    first = errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def load_environment(path: Path = SERVE_ENV) -> Mapping[str, str]:
+    """The throughput profile, where the user has not said otherwise. Before Ray is imported."""
+    pairs = {}
+    for line in path.read_text().splitlines():
+        name, equals, value = line.strip().partition("=")
+        if equals and not name.startswith("#"):
+            pairs[name] = os.environ.setdefault(name, value)
+    return pairs
+
+
+class _Signals:
+    """SIGINT and SIGTERM set a flag; repeated ones change nothing (server.md §4.6)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def take(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if not self.asked:
+            print(f"manta: {signal.Signals(number).name}, shutting down", flush=True)
+        self.asked = True
+
+
+def serve(settings: ServerSettings) -> int:
+    """Runs until a signal; 0 when all accepted requests were answered, 1 when it cannot start."""
+    signals = _Signals()
+    signals.take()
+    load_environment()
+    from deployments.ports import PortInUse, check_free
+
+    try:
+        for edge in ("http", "grpc", "metrics"):
+            port = getattr(settings, f"{edge}_port")
+            if getattr(settings, f"allow_{edge}") and port:
+                check_free(getattr(settings, f"{edge}_address"), port)
+    except PortInUse as error:
+        print(f"manta serve: {error}", file=sys.stderr)
+        return 1
+    with _ray(settings):
+        signals.take()  # Ray has set handlers of its own
+        return asyncio.run(_serve(settings, signals))
+
+
+@contextlib.contextmanager
+def _ray(settings: ServerSettings) -> Any:
+    """A local Ray cluster of our own, or the one that RAY_ADDRESS names."""
+    import ray
+
+    own = not os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": settings.log_verbose > 0}
+    if own:
+        gpus = _gpu_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if visible:
+            os.environ["MANTA_VISIBLE_DEVICES"] = visible
+        options |= {
+            "include_dashboard": False,
+            "resources": {f"manta_gpu_{index}": 1.0 for index in range(gpus)},
+        }
+        if gpus:
+            options["num_gpus"] = gpus
+    ray.init(namespace="serve", **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _gpu_count() -> int:
+    """Logical GPUs when asked for (tests of placement), else what Ray finds on this machine."""
+    logical = os.environ.get("MANTA_LOGICAL_GPU_COUNT")
+    if logical:
+        return int(logical)
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+
+
+async def _serve(settings: ServerSettings, signals: _Signals) -> int:
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from deployments.app import APPLICATION, build_app
+
+    by_serve = settings.listener == "serve"
+    await asyncio.to_thread(
+        ray_serve.start,
+        proxy_location="EveryNode" if by_serve else "Disabled",
+        http_options=HTTPOptions(host=settings.http_address, port=settings.http_port),
+        grpc_options=gRPCOptions(
+            port=settings.grpc_port if by_serve and settings.allow_grpc else 0,
+            grpc_servicer_functions=[
+                "deployments.grpc_stubs.add_GRPCInferenceServiceServicer_to_server"
+            ]
+            if by_serve
+            else [],
+        ),
+    )
+    code = 1
+    try:
+        app = build_app(settings)
+        await asyncio.to_thread(ray_serve.run, app, name=APPLICATION, route_prefix="/")
+        controller = ray_serve.get_deployment_handle("Controller", APPLICATION)
+        code = await _run(controller, settings, signals)
+    except RuntimeError as error:
+        print(f"manta serve: {error}", file=sys.stderr)
+    finally:
+        await _end(settings)
+    return code
+
+
+async def _run(controller: Any, settings: ServerSettings, signals: _Signals) -> int:
+    """Wait for the first load pass, then for a signal."""
+    started = False
+    while not signals.asked:
+        if not started:
+            started, failed = await controller.started.remote()
+            if started:
+                for reason in failed:
+                    print(f"manta: {reason}", file=sys.stderr, flush=True)
+                if failed and settings.exit_on_error:
+                    print("manta serve: failed to load all models", file=sys.stderr)
+                    return 1
+                print(_where(settings), flush=True)
+        await asyncio.sleep(START_POLL_S)
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(controller.close.remote(), 5)
+    return 0
+
+
+def _where(settings: ServerSettings) -> str:
+    edges = [
+        f"{edge} {getattr(settings, f'{edge}_address')}:{getattr(settings, f'{edge}_port')}"
+        for edge in ("http", "grpc", "metrics")
+        if getattr(settings, f"allow_{edge}")
+    ]
+    return "manta: ready on " + ", ".join(edges)
+
+
+async def _end(settings: ServerSettings) -> None:
+    """Routers answer what they have, then Controller and models go."""
+    from ray import serve as ray_serve
+
+    from deployments.app import APPLICATION
+
+    began_s = time.monotonic()
+    with contextlib.suppress(Exception):
+        await asyncio.to_thread(ray_serve.delete, APPLICATION)
+    with contextlib.suppress(Exception):
+        left_s = settings.exit_timeout_s - (time.monotonic() - began_s)
+        if not os.environ.get("RAY_ADDRESS") and left_s > -settings.exit_timeout_s:
+            await asyncio.to_thread(ray_serve.shutdown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""What must hold inside one model's configuration (spec/server.md §3.2, spec/backend.md §4, §7).
+
+Each check looks at one aspect and raises ConfigError with the field's path. Knows no files and
+no hardware: those are `complete.py`, `placement.py` and deployments/repository.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+
+from .dtypes import from_config
+from .errors import ConfigError
+from .model import ModelConfig, ModelInput, ModelOutput
+
+PLATFORMS = ("pytorch_libtorch", "torch_aoti")
+BACKEND = "pytorch"
+PYTHON_RUNTIME = "model.py"
+REFUSED_DATATYPES = ("TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_BF16")
+
+
+def check(config: ModelConfig) -> None:
+    """Raise ConfigError for the first thing that is wrong."""
+    for one in _CHECKS:
+        one(config)
+
+
+def tensors(config: ModelConfig) -> Iterator[tuple[str, str, ModelInput | ModelOutput]]:
+    """(`input` or `output`, field path, tensor) for all of them."""
+    for index, tensor in enumerate(config.input):
+        yield "input", f"input[{index}]", tensor
+    for index, result in enumerate(config.output):
+        yield "output", f"output[{index}]", result
+
+
+def _engine(config: ModelConfig) -> None:
+    if config.platform == "ensemble":
+        raise ConfigError("ensembles are not supported", field="platform")
+    if config.backend not in ("", BACKEND):
+        raise ConfigError(
+            f"backend '{config.backend}' is not supported; this server has '{BACKEND}'",
+            field="backend",
+        )
+    if config.platform and config.platform not in PLATFORMS:
+        known = " and ".join(f"'{platform}'" for platform in PLATFORMS)
+        raise ConfigError(
+            f"unexpected platform '{config.platform}' for backend '{BACKEND}'; it has {known}",
+            field="platform",
+        )
+    if config.runtime not in ("", PYTHON_RUNTIME):
+        raise ConfigError(
+            f"runtime '{config.runtime}' is not supported; leave it out or say '{PYTHON_RUNTIME}'",
+            field="runtime",
+        )
+    if config.runtime and config.platform == "torch_aoti":
+        raise ConfigError(
+            f"runtime '{config.runtime}' does not run platform 'torch_aoti'", field="runtime"
+        )
+    if config.runtime and config.default_model_filename.endswith(".pt2"):
+        raise ConfigError(
+            f"runtime '{config.runtime}' does not load .pt2 files", field="default_model_filename"
+        )
+
+
+def _counts(config: ModelConfig) -> None:
+    if config.max_batch_size < 0:
+        raise ConfigError("must be 0 or greater", field="max_batch_size")
+    for name, listed in (("input", config.input), ("output", config.output)):
+        if not listed:
+            raise ConfigError(
+                f"model configuration must contain at least one {name}, none were specified",
+                field=name,
+            )
+
+
+def _names(config: ModelConfig) -> None:
+    seen: set[tuple[str, str]] = set()
+    for kind, path, tensor in tensors(config):
+        if not tensor.name.strip():
+            raise ConfigError(f"model {kind} must specify 'name'", field=f"{path}.name")
+        if (kind, tensor.name) in seen:
+            raise ConfigError(
+                f"{kind} '{tensor.name}' is listed more than once", field=f"{path}.name"
+            )
+        seen.add((kind, tensor.name))
+
+
+def _datatypes(config: ModelConfig) -> None:
+    for kind, path, tensor in tensors(config):
+        if tensor.data_type == "TYPE_INVALID":
+            raise ConfigError(
+                f"model {kind} '{tensor.name}' must specify 'data_type'", field=f"{path}.data_type"
+            )
+        if tensor.data_type in REFUSED_DATATYPES:
+            raise _unsupported(config, kind, path, tensor)
+
+
+def _unsupported(
+    config: ModelConfig, kind: str, path: str, tensor: ModelInput | ModelOutput
+) -> ConfigError:
+    return ConfigError(
+        f"unsupported datatype {tensor.data_type} for {kind} '{tensor.name}' "
+        f"for model '{config.name}'",
+        field=f"{path}.data_type",
+    )
+
+
+def check_strings(config: ModelConfig, kind: str) -> None:
+    """Strings are TorchScript's alone; called once the runtime's kind is known."""
+    for side, path, tensor in tensors(config):
+        if tensor.data_type == "TYPE_STRING" and kind != "torchscript":
+            raise _unsupported(config, side, path, tensor)
+
+
+def _dims(config: ModelConfig) -> None:
+    for kind, path, tensor in tensors(config):
+        if not tensor.dims:
+            raise ConfigError(
+                f"model {kind} '{tensor.name}' must specify 'dims'", field=f"{path}.dims"
+            )
+        _check_sizes(tensor.dims, f"{path}.dims")
+        if tensor.reshape is not None:
+            _check_sizes(tensor.reshape.shape, f"{path}.reshape.shape")
+            _check_reshape(config, path, tensor.dims, tensor.reshape.shape)
+
+
+def _check_sizes(sizes: tuple[int, ...], path: str) -> None:
+    for index, size in enumerate(sizes):
+        if size < 1 and size != -1:
+            raise ConfigError(
+                f"{size} must be at least 1, or -1 for a variable size", field=f"{path}[{index}]"
+            )
+
+
+def _check_reshape(
+    config: ModelConfig, path: str, dims: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    field = f"{path}.reshape"
+    if not shape and not (config.max_batch_size and _segments(dims) == [1]):
+        raise ConfigError("an empty reshape needs batching and dims of one element", field=field)
+    if _segments(dims) != _segments(shape):
+        raise ConfigError(
+            f"dims {list(dims)} and reshape {list(shape)} must have the same number of elements "
+            "before, between and after their variable sizes",
+            field=field,
+        )
+
+
+def _segments(dims: tuple[int, ...]) -> list[int]:
+    """Element counts between the variable sizes: [2, -1, 3, 4] -> [2, 12]."""
+    cuts = [-1, *(i for i, size in enumerate(dims) if size == -1), len(dims)]
+    return [prod(dims[a + 1 : b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _string_ranks(config: ModelConfig) -> None:
+    for kind, path, tensor in tensors(config):
+        rank = len(tensor.model_dims) + (config.max_batch_size > 0)
+        if from_config(tensor.data_type).wire == "BYTES" and rank > 1:
+            raise ConfigError(
+                f"only 1-dimensional List of String is supported as {kind} for '{tensor.name}'",
+                field=f"{path}.dims",
+            )
+
+
+def _formats(config: ModelConfig) -> None:
+    for index, tensor in enumerate(config.input):
+        if tensor.format != "FORMAT_NONE" and len(tensor.dims) != 3:
+            raise ConfigError(
+                f"{tensor.format} needs exactly 3 dims", field=f"input[{index}].format"
+            )
+
+
+def _versions(config: ModelConfig) -> None:
+    policy = config.version_policy
+    if policy is None:
+        return
+    if policy.latest is not None and policy.latest < 1:
+        raise ConfigError("must be at least 1", field="version_policy.latest.num_versions")
+    if policy.specific is not None:
+        field = "version_policy.specific.versions"
+        if not policy.specific:
+            raise ConfigError("must name at least one version", field="version_policy.specific")
+        for index, version in enumerate(policy.specific):
+            if version < 1:
+                raise ConfigError(f"{version} must be at least 1", field=f"{field}[{index}]")
+
+
+def _batching(config: ModelConfig) -> None:
+    if config.dynamic_batching is None:
+        return
+    for index, size in enumerate(config.dynamic_batching.preferred_batch_size):
+        field = f"dynamic_batching.preferred_batch_size[{index}]"
+        if size < 1:
+            raise ConfigError("dynamic batching preferred size must be positive", field=field)
+        if size > config.max_batch_size:
+            raise ConfigError(
+                f"dynamic batching preferred size must be <= max batch size "
+                f"{config.max_batch_size}",
+                field=field,
+            )
+
+
+def _groups(config: ModelConfig) -> None:
+    names: set[str] = set()
+    for index, group in enumerate(config.instance_group):
+        path = f"instance_group[{index}]"
+        name = group.name or f"{config.name}_{index}"
+        if name in names:
+            raise ConfigError(f"instance group '{name}' is listed more than once", field=path)
+        names.add(name)
+        if group.gpus and group.kind in ("KIND_CPU", "KIND_MODEL"):
+            raise ConfigError(
+                f"instance group '{name}' has kind {group.kind} and must not list gpus",
+                field=f"{path}.gpus",
+            )
+        if len(set(group.gpus)) != len(group.gpus) or min(group.gpus, default=0) < 0:
+            raise ConfigError(
+                f"instance group '{name}' must list each gpu once, by an index from 0",
+                field=f"{path}.gpus",
+            )
+
+
+def _file_names(config: ModelConfig) -> None:
+    _check_file(config.default_model_filename, "default_model_filename")
+    for index, result in enumerate(config.output):
+        _check_file(result.label_filename, f"output[{index}].label_filename")
+
+
+def _check_file(name: str, field: str) -> None:
+    if not name:
+        return
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or not name.isprintable():
+        raise ConfigError(
+            f"file name {name!r} must be relative and must not leave the model's directory",
+            field=field,
+        )
+
+
+_CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
+    _engine,
+    _counts,
+    _names,
+    _datatypes,
+    _dims,
+    _string_ranks,
+    _formats,
+    _versions,
+    _batching,
+    _groups,
+    _file_names,
+)

@@ -1,0 +1,149 @@
+"""Fills what a configuration leaves out, as Triton's core does (spec/backend.md §1.2, §6.1).
+
+Pure: gets the names of the files in the first version directory and whether a GPU exists.
+Called by the Controller before a version is placed; a normalised configuration stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal, TypeAlias
+
+from . import checks
+from .errors import ConfigError
+from .model import InstanceGroup, ModelConfig, Optimization, PinnedMemoryBuffer, VersionPolicy
+
+RuntimeKind: TypeAlias = Literal["torchscript", "aoti", "eager"]
+
+DEFAULT_FILES: dict[RuntimeKind, str] = {
+    "torchscript": "model.pt",
+    "aoti": "model.pt2",
+    "eager": checks.PYTHON_RUNTIME,
+}
+
+
+def normalise(config: ModelConfig, version_files: Sequence[str], has_gpu: bool) -> ModelConfig:
+    """The whole configuration, as clients see it; raises ConfigError.
+
+    `version_files` are the regular files of the lexicographically first version directory.
+    """
+    config = _choose_engine(config, version_files)
+    checks.check(config)
+    checks.check_strings(config, runtime_kind(config, version_files))
+    return config.model_copy(
+        update={
+            "version_policy": config.version_policy or VersionPolicy(latest=1),
+            "optimization": _pinned(config.optimization),
+            "dynamic_batching": _preferred(config),
+            "instance_group": _groups(config, has_gpu),
+        }
+    )
+
+
+def runtime_kind(config: ModelConfig, version_files: Collection[str] = ()) -> RuntimeKind:
+    """Which runtime loads the model.
+
+    `runtime: "model.py"` falls back to a TorchScript model.pt where there is no model.py, so
+    that only with `version_files` the answer is exact for it.
+    """
+    if config.runtime == checks.PYTHON_RUNTIME:
+        script = artifact_filename(config, version_files).endswith(".py")
+        return "eager" if script else "torchscript"
+    return "aoti" if config.platform == "torch_aoti" else "torchscript"
+
+
+def artifact_filename(config: ModelConfig, version_files: Collection[str] = ()) -> str:
+    """The file in the version directory that is loaded."""
+    if config.default_model_filename:
+        return config.default_model_filename
+    if config.runtime == checks.PYTHON_RUNTIME:
+        script = DEFAULT_FILES["eager"]
+        fallback = DEFAULT_FILES["torchscript"]
+        return fallback if script not in version_files and fallback in version_files else script
+    return DEFAULT_FILES["aoti" if config.platform == "torch_aoti" else "torchscript"]
+
+
+def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
+    backend, platform, runtime = config.backend, config.platform, config.runtime
+    filename = config.default_model_filename
+    known_files = (DEFAULT_FILES["torchscript"], DEFAULT_FILES["aoti"])
+    if not backend and (runtime or platform in checks.PLATFORMS or filename in known_files):
+        backend = checks.BACKEND
+    if backend in ("", checks.BACKEND) and not (platform or filename or runtime):
+        platform, runtime = _sniff(files)
+        backend = checks.BACKEND if platform else backend
+    if not backend:
+        raise ConfigError(_unknown_engine(config), field="backend")
+    if not platform:
+        # Triton hands a .pt2 to TorchScript here, which cannot read it.
+        platform = "torch_aoti" if filename.endswith(".pt2") and not runtime else "pytorch_libtorch"
+    if not filename and not runtime:
+        if platform == "torch_aoti":
+            filename = DEFAULT_FILES["aoti"]
+        elif config.backend and not config.platform:  # otherwise it stays empty, as in Triton
+            filename = DEFAULT_FILES["torchscript"]
+    return config.model_copy(
+        update={
+            "backend": backend,
+            "platform": platform,
+            "runtime": runtime,
+            "default_model_filename": filename,
+        }
+    )
+
+
+def _sniff(files: Collection[str]) -> tuple[str, str]:
+    """(platform, runtime) by what lies in the version directory; ("", "") if nothing does."""
+    if DEFAULT_FILES["torchscript"] in files:
+        return "pytorch_libtorch", ""
+    if DEFAULT_FILES["aoti"] in files:
+        return "torch_aoti", ""
+    if DEFAULT_FILES["eager"] in files:
+        return "pytorch_libtorch", checks.PYTHON_RUNTIME
+    return "", ""
+
+
+def _unknown_engine(config: ModelConfig) -> str:
+    reason = f"must specify 'backend' or 'platform' for model '{config.name}'"
+    if config.default_model_filename:
+        return reason
+    wanted = ", ".join(DEFAULT_FILES.values())
+    return f"{reason}: its first version directory has none of {wanted}"
+
+
+def _pinned(optimization: Optimization | None) -> Optimization:
+    given = optimization or Optimization()
+    on = PinnedMemoryBuffer(enable=True)
+    return Optimization(
+        input_pinned_memory=given.input_pinned_memory or on,
+        output_pinned_memory=given.output_pinned_memory or on,
+    )
+
+
+def _preferred(config: ModelConfig) -> object:
+    dynamic = config.dynamic_batching
+    if dynamic is None or dynamic.preferred_batch_size or not config.max_batch_size:
+        return dynamic
+    return dynamic.model_copy(update={"preferred_batch_size": (config.max_batch_size,)})
+
+
+def _groups(config: ModelConfig, has_gpu: bool) -> tuple[InstanceGroup, ...]:
+    given = config.instance_group or (InstanceGroup(name=config.name),)
+    groups = tuple(_group(config, k, group, has_gpu) for k, group in enumerate(given))
+    checks.check(config.model_copy(update={"instance_group": groups}))  # kinds are known only now
+    return groups
+
+
+def _group(config: ModelConfig, index: int, group: InstanceGroup, has_gpu: bool) -> InstanceGroup:
+    """KIND_GPU without `gpus` keeps its empty list: `placement` makes it every GPU."""
+    name = group.name or f"{config.name}_{index}"
+    kind = group.kind
+    if kind == "KIND_AUTO":
+        kind = "KIND_GPU" if has_gpu else "KIND_CPU"
+    if kind == "KIND_GPU" and not has_gpu:
+        raise ConfigError(
+            f"instance group '{name}' of model '{config.name}' has kind KIND_GPU "
+            "but no GPU is available",
+            field=f"instance_group[{index}].kind",
+        )
+    return group.model_copy(update={"name": name, "kind": kind, "count": max(1, group.count)})

@@ -1,0 +1,104 @@
+"""A model's configuration as frozen data: mirrors of the official proto, with the proto's names.
+
+Holds only what the server acts on; what it refuses is listed in `refusals.py`, what must hold
+between fields in `checks.py`. Made by `pbtxt.parse`, filled in by `complete.normalise`.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Reshape(_Frozen):
+    """The model's view of a tensor whose client view is `dims`; () is a scalar per row."""
+
+    shape: tuple[int, ...] = ()
+
+
+class ModelInput(_Frozen):
+    """`dims` is the client's view without the batch dimension; -1 is any size."""
+
+    name: str = ""
+    data_type: str = "TYPE_INVALID"
+    format: str = "FORMAT_NONE"
+    dims: tuple[int, ...] = ()
+    reshape: Reshape | None = None
+    optional: bool = False
+    allow_ragged_batch: bool = False
+
+    @property
+    def model_dims(self) -> tuple[int, ...]:
+        """What the model sees, without the batch dimension."""
+        return self.dims if self.reshape is None else self.reshape.shape
+
+
+class ModelOutput(_Frozen):
+    name: str = ""
+    data_type: str = "TYPE_INVALID"
+    dims: tuple[int, ...] = ()
+    reshape: Reshape | None = None
+    label_filename: str = ""
+
+    @property
+    def model_dims(self) -> tuple[int, ...]:
+        """What the model produces, without the batch dimension."""
+        return self.dims if self.reshape is None else self.reshape.shape
+
+
+class VersionPolicy(_Frozen):
+    """Exactly one of the three is in force."""
+
+    latest: int | None = None
+    all: bool = False
+    specific: tuple[int, ...] | None = None
+
+
+class InstanceGroup(_Frozen):
+    """`count` instances, per listed GPU for KIND_GPU; 0 until `complete.normalise` fills it."""
+
+    name: str = ""
+    kind: str = "KIND_AUTO"
+    count: int = 0
+    gpus: tuple[int, ...] = ()
+
+
+class DynamicBatching(_Frozen):
+    preferred_batch_size: tuple[int, ...] = ()
+    max_queue_delay_microseconds: int = 0
+    preserve_ordering: bool = False
+
+
+class PinnedMemoryBuffer(_Frozen):
+    enable: bool = False
+
+
+class Optimization(_Frozen):
+    input_pinned_memory: PinnedMemoryBuffer | None = None
+    output_pinned_memory: PinnedMemoryBuffer | None = None
+
+
+class ModelConfig(_Frozen):
+    """`parameters` holds each parameter's string_value.
+
+    `optional`, `allow_ragged_batch`, `preserve_ordering` and `cc_model_filenames` keep their
+    defaults: a configuration that sets them is refused before it becomes one of these.
+    """
+
+    name: str = ""
+    platform: str = ""
+    backend: str = ""
+    runtime: str = ""
+    version_policy: VersionPolicy | None = None
+    max_batch_size: int = 0
+    input: tuple[ModelInput, ...] = ()
+    output: tuple[ModelOutput, ...] = ()
+    optimization: Optimization | None = None
+    instance_group: tuple[InstanceGroup, ...] = ()
+    default_model_filename: str = ""
+    cc_model_filenames: dict[str, str] = {}
+    dynamic_batching: DynamicBatching | None = None
+    parameters: dict[str, str] = {}

@@ -1,0 +1,241 @@
+"""config.pbtxt -> the official proto -> ModelConfig, and back to proto and JSON.
+
+Grammar, field names and enum values are protobuf's own. Every error names file, line and field
+as far as the text shows them. Called by deployments/repository.py and by the edges.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from google.protobuf import json_format, text_format
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from tritonclient.grpc import model_config_pb2 as pb
+
+from . import checks
+from .complete import runtime_kind
+from .errors import ConfigError
+from .lines import Token, field_before, field_lines, line_of, tokens
+from .model import (
+    DynamicBatching,
+    InstanceGroup,
+    ModelConfig,
+    ModelInput,
+    ModelOutput,
+    Optimization,
+    PinnedMemoryBuffer,
+    Reshape,
+    VersionPolicy,
+)
+from .refusals import refuse_unsupported
+
+logger = logging.getLogger("manta.configs")
+
+_ALIAS, _FIELD = "default_model_name", "default_model_filename"
+_WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
+_REASON_LENGTH, _FIELD_LENGTH = 500, 200  # text_format quotes the whole line
+
+
+def parse(text: str, file: str, directory_name: str) -> ModelConfig:
+    """Raises ConfigError; `file` is what errors call the text, relative to the repository."""
+    try:
+        proto = pb.ModelConfig()
+        _parse_text(_without_alias(text, file), proto)
+        refuse_unsupported(proto)
+        if proto.name not in ("", directory_name):
+            raise ConfigError(
+                f"the name '{proto.name}' must be left out or equal the directory's name "
+                f"'{directory_name}'",
+                field="name",
+            )
+        proto.name = directory_name
+        config = from_proto(proto)
+        checks.check(config)
+        if config.platform or config.runtime:
+            checks.check_strings(config, runtime_kind(config))
+        return config
+    except ConfigError as error:
+        raise locate(error, text, file) from None
+
+
+def locate(error: ConfigError, text: str, file: str) -> ConfigError:
+    """The same error with its file and, from its field, its line in the text."""
+    _, own_file, field, line = error.args
+    if own_file not in (None, file):
+        return error
+    return error.located(file, line or line_of(field_lines(text, pb.ModelConfig.DESCRIPTOR), field))
+
+
+def _parse_text(text: str, proto: Any) -> None:
+    try:
+        text_format.Parse(text, proto)
+    except text_format.ParseError as error:
+        line, column = error.GetLine(), error.GetColumn()
+        reason = str(error).removeprefix(f"{line}:{column} : ")
+        field = None
+        if line is not None and column is not None:
+            field = field_before(text, pb.ModelConfig.DESCRIPTOR, line, column)
+        shown = None if field is None else field[:_FIELD_LENGTH]
+        raise ConfigError(reason[:_REASON_LENGTH], field=shown, line=line) from None
+
+
+def _without_alias(text: str, file: str) -> str:
+    """`default_model_name` becomes `default_model_filename`; every line stays where it was.
+
+    The upstream README calls the field so, though the proto never had it.
+    """
+    fields = _top_level(text)
+    if _ALIAS not in fields:
+        return text
+    name, last = fields[_ALIAS][0], fields[_ALIAS][-1]
+    logger.warning("%s:%d: %s is taken as %s", file, name.line, _ALIAS, _FIELD)
+    if _FIELD not in fields:
+        return text[: name.start] + _FIELD + text[name.start + len(_ALIAS) :]
+    if _literal(fields[_ALIAS]) != _literal(fields[_FIELD]):
+        raise ConfigError(f"differs from {_FIELD}; give one of them", field=_ALIAS, line=name.line)
+    end = last.start + len(last.text)
+    blank = "".join("\n" if char == "\n" else " " for char in text[name.start : end])
+    return text[: name.start] + blank + text[end:]
+
+
+def _literal(field: list[Token]) -> str:
+    return "".join(token.text[1:-1] for token in field if token.kind == "string")
+
+
+def _top_level(text: str) -> dict[str, list[Token]]:
+    """Top-level `name: "value"` fields and their tokens."""
+    fields: dict[str, list[Token]] = {}
+    depth, current, previous = 0, list[Token](), ""
+    for token in tokens(text):
+        depth += {"{": 1, "[": 1, "<": 1, "}": -1, "]": -1, ">": -1}.get(token.text, 0)
+        if depth == 0 and token.kind == "name" and previous != ":":
+            current = fields.setdefault(token.text, [token])
+        elif depth == 0 and (token.text == ":" or token.kind == "string"):
+            current.append(token)
+        previous = token.text
+    return fields
+
+
+# --- proto <-> ModelConfig ----------------------------------------------------------------------
+
+
+def from_proto(proto: Any) -> ModelConfig:
+    """Takes over what the server acts on; `refusals` has looked at the rest."""
+    dynamic = proto.dynamic_batching
+    return ModelConfig(
+        name=proto.name,
+        platform=proto.platform,
+        backend=proto.backend,
+        runtime=proto.runtime,
+        version_policy=_version_policy(proto),
+        max_batch_size=proto.max_batch_size,
+        input=tuple(
+            ModelInput(
+                name=i.name,
+                data_type=pb.DataType.Name(i.data_type),
+                format=pb.ModelInput.Format.Name(i.format),
+                dims=tuple(i.dims),
+                reshape=_reshape(i),
+            )
+            for i in proto.input
+        ),
+        output=tuple(
+            ModelOutput(
+                name=o.name,
+                data_type=pb.DataType.Name(o.data_type),
+                dims=tuple(o.dims),
+                reshape=_reshape(o),
+                label_filename=o.label_filename,
+            )
+            for o in proto.output
+        ),
+        optimization=_optimization(proto),
+        instance_group=tuple(
+            InstanceGroup(
+                name=g.name,
+                kind=pb.ModelInstanceGroup.Kind.Name(g.kind),
+                count=g.count,
+                gpus=tuple(g.gpus),
+            )
+            for g in proto.instance_group
+        ),
+        default_model_filename=proto.default_model_filename,
+        dynamic_batching=DynamicBatching(
+            preferred_batch_size=tuple(dynamic.preferred_batch_size),
+            max_queue_delay_microseconds=dynamic.max_queue_delay_microseconds,
+        )
+        if proto.HasField("dynamic_batching")
+        else None,
+        parameters={key: value.string_value for key, value in proto.parameters.items()},
+    )
+
+
+def _version_policy(proto: Any) -> VersionPolicy | None:
+    policy = proto.version_policy
+    match policy.WhichOneof("policy_choice"):
+        case "latest":
+            return VersionPolicy(latest=policy.latest.num_versions)
+        case "all":
+            return VersionPolicy(all=True)
+        case "specific":
+            return VersionPolicy(specific=tuple(policy.specific.versions))
+    return None
+
+
+def _reshape(tensor: Any) -> Reshape | None:
+    return Reshape(shape=tuple(tensor.reshape.shape)) if tensor.HasField("reshape") else None
+
+
+def _optimization(proto: Any) -> Optimization | None:
+    if not proto.HasField("optimization"):
+        return None
+    buffers = ("input_pinned_memory", "output_pinned_memory")
+    return Optimization(
+        **{
+            name: PinnedMemoryBuffer(enable=getattr(proto.optimization, name).enable)
+            for name in buffers
+            if proto.optimization.HasField(name)
+        }
+    )
+
+
+def to_proto(config: ModelConfig) -> Any:
+    """The official proto with the same content."""
+    fields = config.model_dump(exclude_none=True, exclude={"version_policy", "parameters"})
+    proto = json_format.ParseDict(fields, pb.ModelConfig())
+    for key, value in config.parameters.items():
+        proto.parameters[key].string_value = value
+    policy = config.version_policy
+    if policy is not None and policy.all:
+        proto.version_policy.all.SetInParent()
+    elif policy is not None and policy.specific is not None:
+        proto.version_policy.specific.SetInParent()
+        proto.version_policy.specific.versions.extend(policy.specific)
+    elif policy is not None and policy.latest is not None:
+        proto.version_policy.latest.num_versions = policy.latest
+    return proto
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """As /v2/models/{model}/config shows it: every scalar, maps as objects, numbers as numbers."""
+    data: dict[str, Any] = json_format.MessageToDict(
+        to_proto(config),
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )
+    _restore_numbers(data, pb.ModelConfig.DESCRIPTOR)
+    return data
+
+
+def _restore_numbers(data: dict[str, Any], descriptor: Descriptor) -> None:
+    """protobuf's JSON writes 64-bit integers as strings; Triton's writes numbers."""
+    for field in descriptor.fields:
+        value = data.get(field.name)
+        if value is None or (field.message_type and field.message_type.GetOptions().map_entry):
+            continue  # no supported map holds a 64-bit integer
+        if field.message_type is not None:
+            for child in value if isinstance(value, list) else [value]:
+                _restore_numbers(child, field.message_type)
+        elif field.cpp_type in _WIDE:
+            data[field.name] = [int(v) for v in value] if isinstance(value, list) else int(value)

@@ -1,0 +1,184 @@
+"""The server's own settings: the `args` of serve_config.yaml and the flags of `manta serve`.
+
+Host addresses and the repository's path default to the environment, so that one
+serve_config.yaml fits every host. Read by all of deployments/; changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import combinations
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MIB = 1 << 20
+
+# Variables that change how torch, CUDA and their thread pools behave; replicas get them, because
+# a Ray worker inherits the environment of its node and not that of the command that was typed.
+REPLICA_VARIABLES = (
+    "CUDA_",
+    "CUBLAS_",
+    "CUDNN_",
+    "NCCL_",
+    "NVIDIA_TF32",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "PYTORCH_",
+    "AOTI_",
+    "MKL_",
+    "KMP_",
+    "OMP_",
+    "ATEN_",
+)
+
+
+def _repositories() -> tuple[str, ...]:
+    paths = os.environ.get("MANTA_MODEL_REPOSITORY", "").split(os.pathsep)
+    return tuple(path for path in paths if path) or ("examples/model_repository",)
+
+
+def _address(protocol: str) -> str:
+    return os.environ.get(f"MANTA_{protocol}_ADDRESS") or "127.0.0.1"
+
+
+def _replica_environment() -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES stays out: Ray sets it per replica."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(REPLICA_VARIABLES) and name != "CUDA_VISIBLE_DEVICES"
+    }
+
+
+class ServerSettings(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
+
+    id: str = Field("triton", min_length=1, description="The server's name in its metadata.")
+
+    model_repository: tuple[str, ...] = Field(
+        default_factory=_repositories,
+        min_length=1,
+        description="Model repositories; by default those of MANTA_MODEL_REPOSITORY.",
+    )
+    model_control_mode: Literal["none", "explicit"] = Field(
+        "none", description="`none` loads all models at start; `explicit` only those asked for."
+    )
+    load_model: tuple[str, ...] = Field(
+        (), description="Models to load at start in explicit mode; `*` alone loads all."
+    )
+    exit_on_error: bool = Field(
+        True, description="Stop the server when a model fails to load at start."
+    )
+    strict_readiness: bool = Field(
+        True, description="Not ready while a model that should be loaded is not."
+    )
+    model_load_thread_count: int = Field(
+        4, ge=1, le=64, description="How many models load at the same time."
+    )
+    model_load_timeout_s: float = Field(
+        300, gt=0, description="How long one model version may take to load."
+    )
+
+    listener: Literal["router", "serve"] = Field(
+        "router", description="Who holds the ports: the Router itself or Serve's proxy."
+    )
+    batching: Literal["serve", "direct"] = Field(
+        "serve", description="Released batches go through @serve.batch, or straight on."
+    )
+    router_replicas: int = Field(1, ge=1, description="Replicas of the Router.")
+    allow_http: bool = Field(True, description="Serve HTTP.")
+    allow_grpc: bool = Field(True, description="Serve gRPC.")
+    allow_metrics: bool = Field(True, description="Serve metrics.")
+    http_port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 lets the OS choose.")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 lets the OS choose.")
+    metrics_port: int = Field(
+        8002, ge=0, le=65535, description="Metrics port; 0 lets the OS choose."
+    )
+    http_address: str = Field(
+        default_factory=lambda: _address("HTTP"),
+        description="Address that HTTP binds; by default MANTA_HTTP_ADDRESS or loopback.",
+    )
+    grpc_address: str = Field(
+        default_factory=lambda: _address("GRPC"),
+        description="Address that gRPC binds; by default MANTA_GRPC_ADDRESS or loopback.",
+    )
+    metrics_address: str = Field(
+        default_factory=lambda: _address("METRICS"),
+        description="Address that metrics bind; by default MANTA_METRICS_ADDRESS or loopback.",
+    )
+
+    gpu_fraction: float = Field(
+        0.01, gt=0, le=1, description="Share of a GPU per replica without GPU_FRACTION."
+    )
+    cpu_fraction: float = Field(
+        0.01, gt=0, description="CPUs asked of Ray per CPU replica without CPU_FRACTION."
+    )
+    logical_gpus: bool = Field(
+        False,
+        description="Instances of KIND_GPU run on the CPU: proves placement without hardware.",
+    )
+    environment: dict[str, str] = Field(
+        default_factory=_replica_environment,
+        description="Environment of the replicas; by default ours for torch, CUDA and threads.",
+    )
+
+    max_queue_requests: int = Field(
+        4096, ge=1, description="Requests that may wait per model version in one Router."
+    )
+    max_queue_s: float = Field(60, gt=0, description="How long a request may wait for a batch.")
+    max_execution_s: float = Field(
+        60, gt=0, description="How long one batch may run before its instance counts as hung."
+    )
+    exit_timeout_s: float = Field(
+        30, ge=0, description="How long shutting down waits for accepted requests."
+    )
+    by_reference_min_bytes: int = Field(
+        1 * MIB, ge=0, description="Batches from this size on travel through the object store."
+    )
+
+    http_max_input_size_bytes: int = Field(
+        64 * MIB, ge=1, description="Largest JSON part of an HTTP request, inflated."
+    )
+    max_body_bytes: int = Field(
+        1024 * MIB, ge=1, description="Largest request in all, with its binary tensors."
+    )
+    http_max_header_bytes: int = Field(
+        64 * 1024, ge=1024, description="Largest request line and headers together."
+    )
+    http_read_timeout_s: float = Field(
+        30, gt=0, description="How long a client may take between bytes of a request."
+    )
+    max_json_depth: int = Field(100, ge=1, description="Deepest nesting of request JSON.")
+    max_tensor_rank: int = Field(64, ge=1, description="Most dimensions of a tensor.")
+    max_tensors_per_request: int = Field(
+        1024, ge=1, description="Most inputs, and most outputs, of one request."
+    )
+
+    allow_insecure_cluster: bool = Field(
+        False, description="Run on a Ray cluster that has no token authentication."
+    )
+    log_verbose: int = Field(0, ge=0, description="Verbosity of the log; 0 is off.")
+
+    @field_validator("model_control_mode", mode="before")
+    @classmethod
+    def _no_polling(cls, value: Any) -> Any:
+        if value == "poll":
+            raise ValueError("model_control_mode 'poll' is not supported; use none or explicit")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServerSettings:
+        if self.load_model and self.model_control_mode != "explicit":
+            raise ValueError("load_model needs model_control_mode 'explicit'")
+        edges = ("http", "grpc", "metrics")
+        ports = [(f"{e}_port", getattr(self, f"{e}_port")) for e in edges if self._open(e)]
+        for (one, port), (other, same) in combinations(ports, 2):
+            if port == same != 0:
+                raise ValueError(f"{one} and {other} are both {port}; they must differ")
+        return self
+
+    def _open(self, edge: str) -> bool:
+        return bool(getattr(self, f"allow_{edge}"))

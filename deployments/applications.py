@@ -1,0 +1,129 @@
+"""Model applications on Serve: their names, how they are deployed, deleted and found again.
+
+Knows nothing of versions' states; blocking calls, made by the Controller in threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import quote, unquote
+
+import ray
+from ray import serve
+from ray.serve.api import RunTarget
+
+from configs.model import ModelConfig
+from configs.parameters import parse_parameters
+from configs.placement import GroupPlacement, plan
+from configs.server import ServerSettings
+
+from .types import ReplicaSpec
+
+logger = logging.getLogger("ray.serve")
+
+PREFIX = "manta"
+GPU_RESOURCE = "manta_gpu_"
+BindModel = Callable[[Sequence[ReplicaSpec], Sequence[GroupPlacement], ServerSettings], Any]
+
+
+def application_name(model_name: str, version: int, generation: int) -> str:
+    """`manta.<escaped model>.<version>.<generation>`; the escape leaves no dot in the model."""
+    escaped = quote(model_name, safe="").replace(".", "%2E").replace("%", "=")
+    return f"{PREFIX}.{escaped}.{version}.{generation}"
+
+
+def parse_application(name: str) -> tuple[str, int] | None:
+    """Model and version of an application of ours, None for any other."""
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != PREFIX or not parts[2].isdigit() or not parts[3].isdigit():
+        return None
+    return unquote(parts[1].replace("=", "%")), int(parts[2])
+
+
+def gpu_count() -> int:
+    """GPUs by listed index that some node offers; without index resources, GPUs in the cluster."""
+    resources = ray.cluster_resources()
+    indices = [
+        int(name.removeprefix(GPU_RESOURCE)) for name in resources if name.startswith(GPU_RESOURCE)
+    ]
+    return max(indices) + 1 if indices else int(resources.get("GPU", 0))
+
+
+def place(config: ModelConfig, settings: ServerSettings, gpus: int) -> tuple[GroupPlacement, ...]:
+    """The plan, without index resources where no node advertises them (a plain `serve run`):
+    there the listed index still decides inside the replica, on whatever node Ray picks."""
+    parameters, _ = parse_parameters(config)
+    placements = plan(config, parameters, settings, gpus)
+    offered = ray.cluster_resources()
+    return tuple(
+        placement.without_resources() if set(placement.resources) - set(offered) else placement
+        for placement in placements
+    )
+
+
+def deploy(name: str, app: Any) -> None:
+    """Hand the application to Serve; returns before its replicas are there."""
+    serve.run_many(
+        [RunTarget(target=app, name=name, route_prefix=None)],
+        wait_for_applications_running=False,
+    )
+
+
+def failure(name: str) -> str:
+    """Why Serve gave the application up, "" while it has not."""
+    status = serve.status().applications.get(name)
+    if status is None or status.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return ""
+    reasons = [deployment.message for deployment in status.deployments.values()]
+    logger.error("application %s: %s %s", name, status.message, reasons)
+    return "the model instance's process ended while it loaded"
+
+
+def waiting_for(placements: Sequence[GroupPlacement]) -> str:
+    """What a load that never started asks Ray for, in words."""
+    wants = []
+    for placement in placements:
+        parts = [f"{placement.replicas} x"]
+        parts += [f"{placement.num_cpus:g} CPU"] if placement.num_cpus else []
+        parts += [f"{placement.num_gpus:g} GPU"] if placement.num_gpus else []
+        parts += [f"{amount:g} {name}" for name, amount in placement.resources.items()]
+        wants.append(f"{placement.deployment}: " + " ".join(parts))
+    return "; ".join(wants)
+
+
+def delete(name: str) -> None:
+    """Drain and delete, within Serve's grace; a missing application is fine."""
+    serve.delete(name, _blocking=True)
+
+
+def live() -> list[str]:
+    """Names of our model applications that Serve runs or starts."""
+    return [
+        name
+        for name, status in serve.status().applications.items()
+        if parse_application(name) is not None and status.status != "DELETING"
+    ]
+
+
+def is_deleting(name: str) -> bool:
+    status = serve.status().applications.get(name)
+    return status is None or status.status == "DELETING"
+
+
+def has_replicas(name: str, deployment: str) -> bool:
+    """Whether any replica's actor is still there. Serve's status forgets those that are stopping."""
+    prefix = f"SERVE_REPLICA::{name}#{deployment}#"
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["name"].startswith(prefix) for actor in actors)
+
+
+def has_proxy() -> bool:
+    """Whether Serve's own HTTP proxy runs, which would take half the traffic of our ports."""
+    return bool(serve.status().proxies)
+
+
+def generation_number() -> int:
+    return time.time_ns() // 1_000_000

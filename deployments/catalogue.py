@@ -1,0 +1,171 @@
+"""What is loaded, as plain data: versions, their generations, and the replicas that vouch for them.
+
+No ray, no asyncio, no clock of its own. Owned by the Controller, which acts on it; Routers get
+`snapshot()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from configs.model import ModelConfig
+
+from .types import ModelState, ReplicaReport, Snapshot, Target, VersionSnapshot
+
+# A replica reports every second; after this long without a word it counts for no slot.
+STALE_S = 5.0
+# After a Router has lost a call, a replica must speak up again this soon.
+SUSPECT_S = 1.5
+
+
+@dataclass
+class Generation:
+    """One application of one model version. `replicas` is how many each deployment wants."""
+
+    application: str
+    config: ModelConfig
+    content_hash: str
+    replicas: Mapping[str, int]
+    reports: dict[str, ReplicaReport] = field(default_factory=dict)
+    seen_s: dict[str, float] = field(default_factory=dict)
+
+    def note(self, report: ReplicaReport, now_s: float) -> bool:
+        """Take a report; true when it changes what Routers or a waiting load should know."""
+        before = self.targets(), self.error(), self.complete()
+        if report.draining:
+            self.reports.pop(report.replica_id, None)
+            self.seen_s.pop(report.replica_id, None)
+        else:
+            self.reports[report.replica_id] = report
+            self.seen_s[report.replica_id] = now_s
+        return before != (self.targets(), self.error(), self.complete())
+
+    def drop_stale(self, now_s: float) -> bool:
+        stale = [name for name, seen_s in self.seen_s.items() if now_s - seen_s > STALE_S]
+        for name in stale:
+            del self.reports[name], self.seen_s[name]
+        return bool(stale)
+
+    def suspect(self, now_s: float) -> None:
+        """A call was lost: whoever still lives says so within SUSPECT_S, the others drop out."""
+        limit_s = now_s - STALE_S + SUSPECT_S
+        for name, seen_s in self.seen_s.items():
+            self.seen_s[name] = min(seen_s, limit_s)
+
+    def _live(self, deployment: str) -> Iterator[ReplicaReport]:
+        for report in self.reports.values():
+            if report.deployment == deployment and report.loaded and report.healthy:
+                yield report
+
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(
+            Target(name, sum(report.instances for report in self._live(name)))
+            for name in self.replicas
+        )
+
+    def complete(self) -> bool:
+        return all(
+            sum(1 for _ in self._live(name)) >= count for name, count in self.replicas.items()
+        )
+
+    def error(self) -> str:
+        return next((report.error for report in self.reports.values() if report.error), "")
+
+
+@dataclass
+class Version:
+    """One model version. `current` serves; `loading` will replace it once it is complete."""
+
+    model_name: str
+    number: int
+    state: ModelState = ModelState.UNKNOWN
+    reason: str = ""
+    current: Generation | None = None
+    loading: Generation | None = None
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    load_duration_s: float = 0.0
+
+    def snapshot(self) -> VersionSnapshot:
+        current = self.current
+        return VersionSnapshot(
+            model_name=self.model_name,
+            version=self.number,
+            state=self.state,
+            reason=self.reason,
+            config=current.config if current else None,
+            application=current.application if current else "",
+            targets=current.targets() if current else (),
+            labels=self.labels,
+            load_duration_s=self.load_duration_s,
+        )
+
+
+class Catalogue:
+    """All versions that have a state, and the number of the latest change among them."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.sequence = 0
+        self.started = False
+        self.closing = False
+        self._versions: dict[tuple[str, int], Version] = {}
+
+    def version(self, model_name: str, number: int) -> Version:
+        """The record of a version, made on first use. Number 0 stands for the model itself."""
+        key = (model_name, number)
+        if key not in self._versions:
+            self._versions[key] = Version(model_name, number)
+        return self._versions[key]
+
+    def forget(self, model_name: str, number: int) -> None:
+        self._versions.pop((model_name, number), None)
+
+    def versions(self, model_name: str | None = None) -> list[Version]:
+        return [
+            version
+            for (name, _), version in sorted(self._versions.items())
+            if model_name is None or name == model_name
+        ]
+
+    def generations(self) -> Iterator[tuple[Version, Generation]]:
+        for version in self._versions.values():
+            for generation in (version.current, version.loading):
+                if generation is not None:
+                    yield version, generation
+
+    def find(self, application: str) -> Generation | None:
+        for _, generation in self.generations():
+            if generation.application == application:
+                return generation
+        return None
+
+    def failed(self) -> list[Version]:
+        """Versions that should serve and do not (server.md §4.6)."""
+        return [
+            version
+            for version in self.versions()
+            if version.state is ModelState.UNAVAILABLE and version.reason != "unloaded"
+        ]
+
+    def ready(self, strict: bool) -> bool:
+        """True once the first pass is over; strictly, only while all that should serve can."""
+        if not self.started or self.closing:
+            return False
+        if not strict:
+            return True
+        return not self.failed() and all(
+            any(target.slots for target in version.current.targets())
+            for version in self.versions()
+            if version.state is ModelState.READY and version.current is not None
+        )
+
+    def snapshot(self, strict: bool) -> Snapshot:
+        return Snapshot(
+            epoch=self.epoch,
+            sequence=self.sequence,
+            started=self.started,
+            ready=self.ready(strict),
+            versions=tuple(version.snapshot() for version in self.versions()),
+            closing=self.closing,
+        )

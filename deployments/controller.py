@@ -1,0 +1,212 @@
+"""Controller: what is loaded, and what Routers follow. One replica, in the Router's application.
+
+Owns the lifecycle (load-new, flip, drain-old) of model applications and the counters' aggregate.
+Serves no inference: when it dies, serving goes on; when it returns it adopts what runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+from configs.server import ServerSettings
+
+from . import applications
+from .applications import BindModel
+from .catalogue import Catalogue
+from .errors import ControlDisabled, ShuttingDown
+from .lifecycle import Lifecycle
+from .metrics import render
+from .repository import Repository, check_model_name
+from .statistics import Aggregator, Delta, VersionKey
+from .types import ReplicaReport, Snapshot
+
+logger = logging.getLogger("ray.serve")
+
+LONG_POLL_S = 2.0
+TICK_S = 0.5
+
+
+class Controller:
+    """Verbs for Routers (`watch`, `push`, `control`), replicas (`report`) and the command line."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: ServerSettings, bind_model: BindModel
+    ) -> None:
+        self._settings = settings
+        self._application = serve.get_replica_context().app_name
+        _check_cluster(settings)
+        repository = Repository(settings.model_repository)
+        repository.check()
+        self._catalogue = Catalogue(epoch=time.time_ns())
+        self._changed = asyncio.Condition()
+        self._lifecycle = Lifecycle(
+            settings,
+            repository,
+            self._catalogue,
+            bind_model,
+            self._application,
+            self._announce,
+        )
+        self._aggregator = Aggregator()
+        self._counted: set[VersionKey] = set()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._start()), loop.create_task(self._tick())]
+
+    async def _start(self) -> None:
+        try:
+            await self._lifecycle.start()
+        except Exception:
+            logger.exception("the first load pass failed")
+        self._catalogue.started = True
+        for version in self._catalogue.failed():
+            logger.error("model %s: %s", version.model_name, version.reason)
+        await self._announce()
+
+    async def _announce(self) -> None:
+        """Something that Routers or a waiting load should know has changed."""
+        self._count()
+        async with self._changed:
+            self._catalogue.sequence += 1
+            self._changed.notify_all()
+
+    def _count(self) -> None:
+        """Statistics live as long as the generation that they count."""
+        current = {
+            VersionKey(v.model_name, str(v.number), v.current.application): v.load_duration_s
+            for v in self._catalogue.versions()
+            if v.current is not None
+        }
+        for key in self._counted - set(current):
+            self._aggregator.drop(key)
+        for key in set(current) - self._counted:
+            self._aggregator.open(key, current[key])
+        self._counted = set(current)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            stale = [g.drop_stale(now_s) for _, g in self._catalogue.generations()]
+            if any(stale):
+                await self._announce()
+
+    # --- replicas --------------------------------------------------------------------------------
+
+    async def report(self, report: ReplicaReport) -> None:
+        generation = self._catalogue.find(report.application)
+        if generation is None:
+            self._lifecycle.stray(report)
+        elif generation.note(report, time.monotonic()):
+            await self._announce()
+
+    # --- Routers ---------------------------------------------------------------------------------
+
+    async def watch(
+        self, router_id: str, epoch: int, sequence: int, in_use: tuple[str, ...]
+    ) -> Snapshot | None:
+        """The snapshot once it differs from what the Router has, None after LONG_POLL_S.
+
+        `in_use` are the applications that the Router may still call: they are not deleted.
+        """
+        self._lifecycle.seen(router_id, epoch, sequence, in_use)
+        known = epoch == self._catalogue.epoch and sequence == self._catalogue.sequence
+        if known:
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with self._changed:
+                    await asyncio.wait_for(self._changed.wait(), LONG_POLL_S)
+        if epoch == self._catalogue.epoch and sequence == self._catalogue.sequence:
+            return None
+        return self._catalogue.snapshot(self._settings.strict_readiness)
+
+    async def push(self, router_id: str, delta: Delta, lost: tuple[str, ...]) -> None:
+        """A Router's counters since its last flush, and applications where it lost a call."""
+        self._aggregator.apply(router_id, delta)
+        for application in lost:
+            generation = self._catalogue.find(application)
+            if generation is not None:
+                generation.suspect(time.monotonic())
+
+    async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
+        """Triton's JSON form of the versions that serve, all of them or those asked for."""
+        return [
+            self._aggregator.report(one.key.model, one.key.version)
+            for one in self._aggregator.loaded()
+            if name in ("", one.key.model) and version in ("", one.key.version)
+        ]
+
+    async def metrics(self) -> str:
+        return render(self._aggregator.loaded())
+
+    async def control(self, verb: str, name: str, parameters: Mapping[str, Any]) -> None:
+        """`load` and `unload` (server.md §4.4); raises an error of ours."""
+        if self._settings.model_control_mode != "explicit":
+            raise ControlDisabled()
+        if self._catalogue.closing:
+            raise ShuttingDown()
+        check_model_name(name)
+        if verb == "load":
+            await self._lifecycle.load(name, parameters)
+        else:
+            await self._lifecycle.unload(name)
+
+    async def replicas(self) -> list[ReplicaReport]:
+        """What every live replica last said of itself; for tests and for `manta` commands."""
+        return [
+            report
+            for _, generation in self._catalogue.generations()
+            for report in generation.reports.values()
+        ]
+
+    # --- the command line ------------------------------------------------------------------------
+
+    async def started(self) -> tuple[bool, tuple[str, ...]]:
+        """Whether the first pass is over, and the reasons of the models that failed in it."""
+        failed = tuple(
+            f"model '{v.model_name}' version {v.number}: {v.reason}"
+            for v in self._catalogue.failed()
+        )
+        return self._catalogue.started, failed
+
+    async def close(self) -> None:
+        """Not ready from now on; Routers hear of it."""
+        self._catalogue.closing = True
+        await self._announce()
+
+    async def check_health(self) -> None:
+        for task in self._tasks[1:]:
+            if task.done():
+                raise RuntimeError("the Controller's clock has stopped")
+
+    async def __del__(self) -> None:
+        """Models go with the application, and stay when only this process is replaced."""
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if await asyncio.to_thread(applications.is_deleting, self._application):
+            # Routers first: what they have accepted still needs the models.
+            while await asyncio.to_thread(applications.has_replicas, self._application, "Router"):
+                await asyncio.sleep(0.1)
+            for name in await asyncio.to_thread(applications.live):
+                with contextlib.suppress(Exception):
+                    await asyncio.to_thread(applications.delete, name)
+
+
+def _check_cluster(settings: ServerSettings) -> None:
+    """What must hold before anything is served; the text names the way out."""
+    if not is_token_auth_enabled() and not settings.allow_insecure_cluster:
+        raise RuntimeError(
+            "this Ray cluster has no token authentication: whoever reaches its ports can run code "
+            "in the replicas. Start it with RAY_AUTH_MODE=token, or set allow_insecure_cluster"
+        )
+    if (settings.listener == "serve") != applications.has_proxy():
+        expected = "EveryNode or HeadOnly" if settings.listener == "serve" else "Disabled"
+        raise RuntimeError(
+            f"listener '{settings.listener}' needs proxy_location {expected} in the Serve config"
+        )

@@ -1,0 +1,295 @@
+"""gRPC: protobuf messages to the verbs of `inference` and back, status from our error code.
+
+Owns the texts of spec/server.md §2.2 on that form. `handle` serves any carrier; `GrpcServicer`
+is for grpc.aio, `serve_proxy_method` for the Router's methods that Serve's proxy calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf import json_format
+
+from configs import pbtxt
+from configs.server import ServerSettings
+
+from . import tensors
+from .contract import NO_SHARED_MEMORY, refuse_shared_memory
+from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
+from .grpc_stubs import service_pb2 as pb
+from .inference import Inference
+from .types import InferRequest, InferResponse, ParameterValue, RequestedOutput, Tensor
+
+Handler = Callable[[Any, Inference], Awaitable[Any]]
+
+logger = logging.getLogger("manta.grpc")
+
+_SERVICE = "GRPCInferenceService"
+MAX_ERROR_CHARS = 2048  # percent-encoded, it must fit 8 KiB of trailers
+_CLOSING = "GRPC server is shutting down and has stopped accepting new requests."
+# Which field of InferTensorContents holds a datatype; FP16 and BF16 have none.
+_CONTENTS: Mapping[str, str] = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def decode(message: Any, settings: ServerSettings) -> InferRequest:
+    """A request whose tensors view the message's own bytes where they came raw."""
+    limit = settings.max_tensors_per_request
+    if max(len(message.inputs), len(message.outputs)) > limit:
+        raise InvalidArgument(f"at most {limit} inputs and {limit} outputs are allowed")
+    parameters = _parameters(message.parameters)
+    parameters.pop("triton_enable_empty_final_response", None)  # only streams have one
+    return InferRequest(
+        model_name=message.model_name,
+        model_version=message.model_version,
+        id=message.id,
+        inputs=_inputs(message, settings.max_tensor_rank),
+        outputs=tuple(map(_output, message.outputs)),
+        parameters=parameters,
+    )
+
+
+def _inputs(message: Any, rank: int) -> tuple[Tensor, ...]:
+    for entry in message.inputs:
+        refuse_shared_memory(entry.parameters)
+    raw = message.raw_input_contents
+    if not raw:
+        return tuple(_typed(entry, message.model_name, rank) for entry in message.inputs)
+    for entry in message.inputs:
+        if entry.HasField("contents"):
+            raise InvalidArgument(
+                "contents field must not be specified when using raw_input_contents for "
+                f"'{entry.name}' for model '{message.model_name}'"
+            )
+    if len(raw) != len(message.inputs):
+        raise InvalidArgument(
+            f"expected {len(message.inputs)} entries in raw_input_contents, got {len(raw)} for "
+            f"model '{message.model_name}'"
+        )
+    return tuple(
+        tensors.from_binary(
+            entry.name, entry.datatype, tuple(entry.shape), view, message.model_name, rank
+        )
+        for entry, view in zip(message.inputs, raw, strict=True)
+    )
+
+
+def _typed(entry: Any, model: str, rank: int) -> Tensor:
+    """A tensor from InferTensorContents, whose fields are wider than most datatypes."""
+    name, datatype, shape = entry.name, entry.datatype, tuple(entry.shape)
+    kind = tensors.datatype_of(name, datatype)
+    tensors.byte_count(name, datatype, shape, rank)
+    count = tensors.element_count(name, shape, rank)
+    field = _CONTENTS.get(datatype)
+    values = list(getattr(entry.contents, field)) if field else []
+    if count and not values:
+        raise InvalidArgument(
+            f"unable to find data for input tensor '{name}' for model '{model}' in request."
+        )
+    if len(values) != count and datatype != "BYTES":
+        raise InvalidArgument(
+            f"input byte size mismatch for input '{name}' for model '{model}'. Expected "
+            f"{count * kind.size_bytes}, got {len(values) * kind.size_bytes}"
+        )
+    if datatype == "BYTES":
+        return Tensor(name, datatype, shape, tensors.encode_bytes(values))
+    return Tensor(name, datatype, shape, tensors.from_numbers(name, datatype, values, shape))
+
+
+def _output(entry: Any) -> RequestedOutput:
+    refuse_shared_memory(entry.parameters)
+    classification = _parameters(entry.parameters).get("classification", 0)
+    if type(classification) is not int or classification < 0:
+        raise InvalidArgument(
+            "invalid value type for 'classification' parameter, expected int64_param above 0"
+        )
+    return RequestedOutput(entry.name, True, classification)
+
+
+def _parameters(entries: Mapping[str, Any]) -> dict[str, ParameterValue]:
+    values: dict[str, ParameterValue] = {}
+    for key, parameter in entries.items():
+        choice = parameter.WhichOneof("parameter_choice")
+        if choice is None:
+            raise InvalidArgument(f"parameter '{key}' has no value")
+        values[key] = getattr(parameter, choice)
+    return values
+
+
+# --- responses -----------------------------------------------------------------------------------
+
+
+def encode(response: InferResponse) -> Any:
+    """Always raw (spec/server.md §2.2)."""
+    message = pb.ModelInferResponse(
+        model_name=response.model_name, model_version=response.model_version, id=response.id
+    )
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        message.raw_output_contents.append(bytes(tensors.to_binary(tensor)))
+    return message
+
+
+# --- verbs ---------------------------------------------------------------------------------------
+
+
+async def _server_live(_: Any, inference: Inference) -> Any:
+    return pb.ServerLiveResponse(live=inference.live())
+
+
+async def _server_ready(_: Any, inference: Inference) -> Any:
+    return pb.ServerReadyResponse(ready=inference.ready())
+
+
+async def _model_ready(request: Any, inference: Inference) -> Any:
+    return pb.ModelReadyResponse(ready=inference.model_ready(request.name, request.version))
+
+
+async def _server_metadata(_: Any, inference: Inference) -> Any:
+    return pb.ServerMetadataResponse(**inference.server_metadata())
+
+
+async def _model_metadata(request: Any, inference: Inference) -> Any:
+    return pb.ModelMetadataResponse(**inference.model_metadata(request.name, request.version))
+
+
+async def _model_config(request: Any, inference: Inference) -> Any:
+    config = inference.model_config(request.name, request.version)
+    return pb.ModelConfigResponse(config=pbtxt.to_proto(config))
+
+
+async def _model_infer(request: Any, inference: Inference) -> Any:
+    inference.find(request.model_name, request.model_version)  # a 404 comes before the tensors
+    return encode(await inference.infer(decode(request, inference.settings)))
+
+
+async def _model_statistics(request: Any, inference: Inference) -> Any:
+    statistics = await inference.statistics(request.name, request.version)
+    return json_format.ParseDict(statistics, pb.ModelStatisticsResponse())
+
+
+async def _repository_index(request: Any, inference: Inference) -> Any:
+    _check_repository(request)
+    return pb.RepositoryIndexResponse(models=inference.index(request.ready))
+
+
+async def _repository_model_load(request: Any, inference: Inference) -> Any:
+    _check_repository(request)
+    await inference.load(request.model_name, _repository_parameters(request))
+    return pb.RepositoryModelLoadResponse()
+
+
+async def _repository_model_unload(request: Any, inference: Inference) -> Any:
+    _check_repository(request)
+    await inference.unload(request.model_name, _repository_parameters(request))
+    return pb.RepositoryModelUnloadResponse()
+
+
+def _check_repository(request: Any) -> None:
+    if request.repository_name:
+        raise Unsupported("'repository_name' specification is not supported")
+
+
+def _repository_parameters(request: Any) -> dict[str, Any]:
+    return {
+        key: getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
+        for key, parameter in request.parameters.items()
+    }
+
+
+VERBS: Mapping[str, Handler] = {
+    "ServerLive": _server_live,
+    "ServerReady": _server_ready,
+    "ModelReady": _model_ready,
+    "ServerMetadata": _server_metadata,
+    "ModelMetadata": _model_metadata,
+    "ModelConfig": _model_config,
+    "ModelInfer": _model_infer,
+    "ModelStatistics": _model_statistics,
+    "RepositoryIndex": _repository_index,
+    "RepositoryModelLoad": _repository_model_load,
+    "RepositoryModelUnload": _repository_model_unload,
+}
+UNSUPPORTED: Mapping[str, str] = {
+    "ModelStreamInfer": "ModelStreamInfer is not supported",
+    "TraceSetting": "trace settings are not supported",
+    "LogSettings": "log settings are not supported",
+    **{
+        f"{kind}SharedMemory{verb}": NO_SHARED_MEMORY
+        for kind in ("System", "Cuda")
+        for verb in ("Status", "Register", "Unregister")
+    },
+}
+
+
+async def handle(verb: str, request: Any, inference: Inference) -> Any:
+    """The answer to any RPC of the service. Raises nothing but MantaError."""
+    if (text := UNSUPPORTED.get(verb)) is not None:
+        raise Unsupported(text)
+    try:
+        return await VERBS[verb](request, inference)
+    except MantaError:
+        raise
+    except Exception:
+        logger.exception("%s failed unexpectedly", verb)
+        raise Internal("internal error") from None
+
+
+def status(error: MantaError) -> tuple[grpc.StatusCode, str]:
+    """Code and details of an error."""
+    text = _CLOSING if isinstance(error, ShuttingDown) else str(error)
+    return grpc.StatusCode[GRPC_STATUS[error.code]], text[:MAX_ERROR_CHARS]
+
+
+class GrpcServicer:
+    """For grpc.aio: has one method per RPC of the service, made from the two tables above."""
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference = inference
+        for verb in (*VERBS, *UNSUPPORTED):
+            setattr(self, verb, partial(self._serve, verb))
+
+    async def _serve(self, verb: str, request: Any, context: Any) -> Any:
+        try:
+            return await handle(verb, request, self.inference)
+        except MantaError as error:
+            await context.abort(*status(error))
+
+
+class Ingress(Protocol):
+    """What a class needs whose methods Serve's gRPC proxy calls."""
+
+    grpc_verbs: GrpcServicer
+
+
+def serve_proxy_method(verb: str) -> Callable[[Ingress, Any, Any], Awaitable[Any]]:
+    """A method of the ingress class for Serve's proxy, which passes its own kind of context."""
+    reply = pb.DESCRIPTOR.services_by_name[_SERVICE].methods_by_name[verb].output_type.name
+
+    async def method(ingress: Ingress, request: Any, grpc_context: Any) -> Any:
+        try:
+            return await handle(verb, request, ingress.grpc_verbs.inference)
+        except MantaError as error:
+            # Raised, the proxy and the replica would each log it as a failure of the server.
+            code, text = status(error)
+            grpc_context.set_code(code)
+            grpc_context.set_details(text)
+            return getattr(pb, reply)()
+
+    method.__name__ = method.__qualname__ = verb
+    return method

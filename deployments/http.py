@@ -1,0 +1,334 @@
+"""HTTP: a lane for the infer call beside a route table for everything else.
+
+Translates only: bodies and paths to the verbs of `inference`, errors to `{"error": ...}` with the
+status of their code (spec/server.md §1.1, §1.2). An ASGI app; the listener and Serve both call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from configs import pbtxt
+from configs.server import ServerSettings
+
+from . import http_infer
+from .errors import (
+    HTTP_STATUS,
+    Code,
+    Internal,
+    InvalidArgument,
+    MantaError,
+    MethodNotAllowed,
+    ShuttingDown,
+    Unsupported,
+)
+from .http_body import (
+    BodyRefused,
+    ClientGone,
+    Headers,
+    Message,
+    Receive,
+    read_within,
+    until_done,
+)
+from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
+from .inference import Inference
+
+Send = Callable[[Message], Awaitable[None]]
+Scope = Message
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+logger = logging.getLogger("manta.http")
+
+MAX_ERROR_CHARS = 4096
+_JSON = (b"content-type", b"application/json")
+_CLOSE = (b"connection", b"close")
+_BINARY = (b"content-type", b"application/octet-stream")
+_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
+_VERSION = re.compile(r"[0-9]+")
+
+
+class HttpApp:
+    """The ASGI callable. `application` is the Serve application's name, for /-/routes."""
+
+    def __init__(
+        self, inference: Inference, settings: ServerSettings, application: str = "manta"
+    ) -> None:
+        self._inference = inference
+        self._settings = settings
+        self._application = application
+        self._leaving = False
+        self._router = Starlette(
+            routes=list(self._routes()), exception_handlers={HTTPException: _on_http_exception}
+        )
+        self._router.router.redirect_slashes = False
+
+    def leave(self) -> None:
+        """Go on answering, not ready, and tell every client to close its connection."""
+        self._leaving = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._router(scope, receive, send)
+            return
+        if self._leaving:
+            send = _closing(send)
+        if scope["method"] == "HEAD":
+            send = _without_body(send)
+        size = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._settings.http_max_header_bytes:
+            body = _error_body(f"request headers of {size} bytes exceed the maximum allowed")
+            await _reply(send, 431, [_JSON, _CLOSE], body)
+        elif scope["method"] == "POST" and (match := _INFER.fullmatch(_path(scope))):
+            await self._infer(match[1], match[2] or "", scope, receive, send)
+        else:
+            await self._router(scope, receive, send)
+
+    # --- the infer lane --------------------------------------------------------------------------
+
+    async def _infer(
+        self, model: str, version: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        try:
+            status, fields, body = 200, *await self._answer(model, version, headers, receive)
+        except ClientGone:
+            return
+        except Exception as error:
+            status, fields, body = _error_reply(error, headers)
+        await _reply(send, status, fields, body)
+
+    async def _answer(
+        self, model: str, version: str, headers: Headers, receive: Receive
+    ) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        config = self._inference.find(model, version).config  # a 404 comes before the body
+        announced = headers.get(b"inference-header-content-length")
+        body = await self._body(headers, receive, has_tensors=announced not in (None, b"0"))
+        json_bytes = http_infer.header_length(announced, len(body))
+        request = http_infer.decode(config, version, body, json_bytes, self._settings)
+        ticket = self._inference.submit(request)
+        if not ticket.future.done():
+            await until_done(ticket.future, receive)
+        text, parts = http_infer.encode(request, self._inference.answer(ticket))
+        if not any(parts):
+            return [_JSON], text
+        length = (b"inference-header-content-length", b"%d" % len(text))
+        return [_BINARY, length], b"".join((text, *parts))
+
+    async def _body(self, headers: Headers, receive: Receive, has_tensors: bool = False) -> bytes:
+        settings = self._settings
+        limit = settings.max_body_bytes
+        if not has_tensors:
+            limit = min(limit, settings.http_max_input_size_bytes)
+        return await read_within(headers, receive, limit, settings.http_read_timeout_s)
+
+    # --- every other route -----------------------------------------------------------------------
+
+    def _routes(self) -> list[Route]:
+        table = [(method, path, getattr(self, name)) for method, path, name in ROUTES]
+        table += [
+            (method, model + path, getattr(self, name))
+            for method, path, name in MODEL_ROUTES
+            for model in MODEL
+        ]
+        table += [(methods, path, _refusal(text)) for methods, path, text in UNSUPPORTED]
+        return [
+            Route(path, _answering(endpoint), methods=methods.split())
+            for methods, path, endpoint in table
+        ]
+
+    async def server_metadata(self, request: Request) -> Response:
+        return _json(self._inference.server_metadata())
+
+    async def live(self, request: Request) -> Response:
+        return Response(status_code=200 if self._inference.live() else 400)
+
+    async def ready(self, request: Request) -> Response:
+        ready = self._inference.ready() and not self._leaving
+        return Response(status_code=200 if ready else 400)
+
+    async def model_metadata(self, request: Request) -> Response:
+        return _json(self._inference.model_metadata(*_target(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        if not self._inference.model_ready(*_target(request)):
+            raise InvalidArgument("Model version not ready")
+        return Response(status_code=200)
+
+    async def model_config(self, request: Request) -> Response:
+        return _json(pbtxt.to_json(self._inference.model_config(*_target(request))))
+
+    async def statistics(self, request: Request) -> Response:
+        return _json(await self._inference.statistics(*_target(request)))
+
+    async def index(self, request: Request) -> Response:
+        ready = (await self._document(request)).get("ready", False)
+        if not isinstance(ready, bool):
+            raise InvalidArgument("Invalid value for 'ready': expected a boolean")
+        return _json(self._inference.index(ready))
+
+    async def load(self, request: Request) -> Response:
+        parameters = await self._parameters(request)
+        for key in parameters:
+            if key != "config" and not key.startswith("file:"):
+                raise Internal(f"unrecognized load parameter '{key}'")  # 500, as in Triton
+        await self._inference.load(request.path_params["model"], parameters)
+        return Response(status_code=200)
+
+    async def unload(self, request: Request) -> Response:
+        parameters = await self._parameters(request)
+        await self._inference.unload(request.path_params["model"], parameters)
+        return Response(status_code=200)
+
+    async def healthz(self, request: Request) -> Response:
+        self._inference.live()
+        return Response("success", media_type="text/plain")
+
+    async def routes(self, request: Request) -> Response:
+        return _json({"/": self._application})
+
+    async def infer_elsewhere(self, request: Request) -> Response:
+        """In the table for its 405s; a POST that gets here has a version that is no number."""
+        raise HTTPException(404)
+
+    async def _document(self, request: Request) -> dict[str, Any]:
+        body = await self._body(dict(request.scope["headers"]), request.receive)
+        document = http_infer.parse_json(body, self._settings.max_json_depth) if body else {}
+        if not isinstance(document, dict):
+            raise Internal("failed to parse the request JSON buffer: not an object")
+        return document
+
+    async def _parameters(self, request: Request) -> dict[str, Any]:
+        parameters: dict[str, Any] = http_infer.member(
+            await self._document(request), "parameters", dict, {}
+        )
+        return parameters
+
+
+class MetricsApp:
+    """The metrics port: one page, whose text `render` makes (spec/server.md §1.1, row 16)."""
+
+    def __init__(self, render: Callable[[], Awaitable[str]]) -> None:
+        self._render = render
+        self._router = Starlette(
+            routes=[Route("/metrics", _answering(self.metrics), methods=["GET"])],
+            exception_handlers={HTTPException: _on_http_exception},
+        )
+        self._router.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._router(scope, receive, send)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(await self._render(), media_type="text/plain")
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+
+def _error_reply(
+    error: Exception, headers: Headers
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, fields and body. What is not ours is logged here and told without detail."""
+    fields = [_JSON]
+    if isinstance(error, BodyRefused):
+        error = error.error
+        fields.append(_CLOSE)
+    if not isinstance(error, MantaError):
+        logger.error("a request failed unexpectedly", exc_info=error)
+        return 500, fields, _error_body("internal error")
+    if error.code is Code.UNAVAILABLE:
+        fields.append((b"retry-after", b"1"))
+    if isinstance(error, ShuttingDown):
+        fields.append(_CLOSE)
+    if error.code is Code.UNSUPPORTED and b"content-encoding" in headers:
+        fields.append((b"accept-encoding", b"identity"))
+    return HTTP_STATUS[error.code], fields, _error_body(str(error))
+
+
+def _error_body(text: str) -> bytes:
+    return http_infer.dump_json({"error": text[:MAX_ERROR_CHARS]})
+
+
+async def _reply(send: Send, status: int, fields: list[tuple[bytes, bytes]], body: bytes) -> None:
+    fields = [*fields, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _json(document: Any) -> Response:
+    return Response(http_infer.dump_json(document), media_type="application/json")
+
+
+def _answering(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, with errors told as errors are told."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except HTTPException:
+            raise
+        except ClientGone:
+            return Response(status_code=400)  # goes nowhere
+        except Exception as error:
+            status, fields, body = _error_reply(error, dict(request.scope["headers"]))
+            return Response(body, status, {n.decode(): v.decode() for n, v in fields})
+
+    return answer
+
+
+def _refusal(text: str) -> Endpoint:
+    async def refuse(request: Request) -> Response:
+        raise Unsupported(text)
+
+    return refuse
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own answers: a path or a method that the table does not have."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    texts: Mapping[int, str] = {404: "Not Found", 405: str(MethodNotAllowed())}
+    return Response(
+        _error_body(texts.get(status, "internal error")), status, media_type="application/json"
+    )
+
+
+def _without_body(send: Send) -> Send:
+    async def send_head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_head
+
+
+def _closing(send: Send) -> Send:
+    async def send_last(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            fields = [field for field in message["headers"] if field[0] != _CLOSE[0]]
+            message = {**message, "headers": [*fields, _CLOSE]}
+        await send(message)
+
+    return send_last
+
+
+def _target(request: Request) -> tuple[str, str]:
+    version = request.path_params.get("version", "")
+    if version and not (_VERSION.fullmatch(version)):
+        raise HTTPException(404)
+    return request.path_params.get("model", ""), version
+
+
+def _path(scope: Scope) -> str:
+    """The path below the mount point, as Starlette sees it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path") or ""
+    return path[len(root) :] if root and path.startswith(root + "/") else path

@@ -1,0 +1,141 @@
+"""Reading an HTTP request's body within limits, and noticing that its client has left.
+
+uvicorn has no limits and no read deadline of its own, so they are here: size (announced and
+streamed), chunks, encoding, time. Knows nothing of the protocol; `http` calls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from asyncio import Future
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from .errors import InvalidArgument, MantaError, Unsupported
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Headers = Mapping[bytes, bytes]
+
+MAX_CHUNKS = 65536
+# Most answers come sooner; only for the others is it worth a task to learn that nobody waits.
+WATCH_AFTER_S = 0.05
+
+
+class ClientGone(Exception):
+    """Nobody is left to answer. Never leaves the HTTP edge."""
+
+
+class BodyRefused(Exception):
+    """Fact: the error. The rest of the body is unread, so the connection cannot be used again."""
+
+    def __init__(self, error: MantaError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+async def read_within(headers: Headers, receive: Receive, limit: int, timeout_s: float) -> bytes:
+    """The whole body. Raises BodyRefused over a limit, ClientGone when the client leaves."""
+    try:
+        check_headers(headers, limit)
+        return await read_body(receive, limit, timeout_s)
+    except MantaError as error:
+        raise BodyRefused(error) from None
+
+
+def check_headers(headers: Headers, limit: int) -> None:
+    """What can be refused before a byte of the body is read."""
+    encoding = headers.get(b"content-encoding", b"identity").lower()
+    if encoding != b"identity":
+        shown = encoding[:64].decode("latin-1")
+        raise Unsupported(f"Content-Encoding '{shown}' is not supported; send identity")
+    announced = headers.get(b"content-length", b"0")
+    if not announced.isdigit() or len(announced) > 19 or int(announced) >= 2**31:
+        shown = announced[:64].decode("latin-1")
+        raise InvalidArgument(f"Unable to parse Content-Length, got: {shown}")
+    if int(announced) > limit:
+        raise too_large(int(announced), limit)
+
+
+def too_large(size: int, limit: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"request body of {size} bytes exceeds the maximum allowed value of {limit} bytes. Use "
+        "--http-max-input-size to increase the limit."
+    )
+
+
+async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
+    message = await _in_time(receive, timeout_s)
+    body: bytes = message.get("body", b"")
+    if message["type"] == "http.request" and not message.get("more_body"):
+        if len(body) > limit:
+            raise too_large(len(body), limit)
+        return body
+    chunks, total = [body], len(body)
+    while True:
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        if total > limit:
+            raise too_large(total, limit)
+        if len(chunks) > MAX_CHUNKS:
+            raise InvalidArgument(f"request body has more than {MAX_CHUNKS} chunks")
+        if not message.get("more_body"):
+            return b"".join(chunks)
+        message = await _in_time(receive, timeout_s)
+        chunks.append(message.get("body", b""))
+        total += len(chunks[-1])
+
+
+async def _in_time(receive: Receive, limit_s: float) -> Message:
+    """One message. wait_for costs a task per message, asyncio.timeout is not in Python 3.10."""
+    task = asyncio.current_task()
+    assert task is not None
+    expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(limit_s, expire)
+    try:
+        return await receive()
+    except asyncio.CancelledError:
+        if not expired or getattr(task, "uncancel", int)():
+            raise
+        raise InvalidArgument(f"no byte of the request's body came for {limit_s:g} s") from None
+    finally:
+        timer.cancel()
+
+
+async def until_done(future: Future[Any], receive: Receive) -> None:
+    """Wait for `future`, whatever its outcome; if the client leaves first, cancel it."""
+    loop = asyncio.get_running_loop()
+    watch: asyncio.Task[None] | None = None
+    left = False
+
+    async def notice() -> None:
+        nonlocal left
+        with contextlib.suppress(Exception):
+            left = (await receive())["type"] == "http.disconnect"
+        if left:
+            future.cancel()
+
+    def start() -> None:
+        nonlocal watch
+        watch = loop.create_task(notice())
+
+    timer = loop.call_later(WATCH_AFTER_S, start)
+    try:
+        await future
+    except asyncio.CancelledError:
+        if left:
+            raise ClientGone from None
+        raise
+    except Exception:
+        pass  # the caller asks the future, and tells its error with the request's id
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()

@@ -1,0 +1,46 @@
+"""The HTTP route table as data: what is served, and what is known and refused by name.
+
+Paths and texts of spec/server.md §1.1. The infer call's POST is not here: it has a lane of its
+own in `http`, which makes Starlette routes of the rest.
+"""
+
+from __future__ import annotations
+
+from .contract import NO_SHARED_MEMORY
+
+MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+
+# Method, path below a model (or a full path), endpoint of HttpApp.
+MODEL_ROUTES = (
+    ("GET", "", "model_metadata"),
+    ("GET", "/ready", "model_ready"),
+    ("GET", "/config", "model_config"),
+    ("GET", "/stats", "statistics"),
+    ("POST", "/infer", "infer_elsewhere"),
+)
+ROUTES = (
+    ("GET", "/v2", "server_metadata"),
+    ("GET", "/v2/health/live", "live"),
+    ("GET", "/v2/health/ready", "ready"),
+    ("GET", "/v2/models/stats", "statistics"),
+    ("POST", "/v2/repository/index", "index"),
+    ("POST", "/v2/repository/models/{model}/load", "load"),
+    ("POST", "/v2/repository/models/{model}/unload", "unload"),
+    ("GET", "/-/healthz", "healthz"),
+    ("GET", "/-/routes", "routes"),
+)
+# In Triton's table and not done here: answered by name. Methods, path, text.
+_TRACE, _LOGGING = "trace settings are not supported", "log settings are not supported"
+_REPOSITORY = "'repository_name' specification is not supported"
+UNSUPPORTED = (
+    *(("POST", f"{model}/generate", "generate is not supported") for model in MODEL),
+    *(("POST", f"{model}/generate_stream", "generate_stream is not supported") for model in MODEL),
+    ("GET POST", "/v2/models/{model}/trace/setting", _TRACE),
+    ("GET POST", "/v2/trace/setting", _TRACE),
+    ("GET POST", "/v2/logging", _LOGGING),
+    ("GET POST", "/v2/systemsharedmemory/{rest:path}", NO_SHARED_MEMORY),
+    ("GET POST", "/v2/cudasharedmemory/{rest:path}", NO_SHARED_MEMORY),
+    ("POST", "/v2/repository/{repository}/models/{model}/load", _REPOSITORY),
+    ("POST", "/v2/repository/{repository}/models/{model}/unload", _REPOSITORY),
+    ("POST", "/v2/repository/{repository}/index", _REPOSITORY),
+)

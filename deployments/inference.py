@@ -1,0 +1,261 @@
+"""The protocol's verbs, free of any protocol: what HTTP and gRPC both answer, decided once.
+
+Owns who may be answered and when; a version's own rules are its `Contract`. Reads the directory,
+hands admitted work to the version's gate and control verbs to the Controller. Called by the edges.
+"""
+
+from __future__ import annotations
+
+from asyncio import Future
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+from configs import dtypes
+from configs.model import ModelConfig, ModelInput, ModelOutput
+from configs.server import ServerSettings
+
+from .contract import Work
+from .directory import Served
+from .errors import (
+    AlreadyExists,
+    Cancelled,
+    Code,
+    ControlDisabled,
+    Internal,
+    InvalidArgument,
+    MantaError,
+    NotFound,
+    ShuttingDown,
+    Unavailable,
+    UnknownError,
+    Unsupported,
+)
+from .types import InferRequest, InferResponse, ModelState, Snapshot
+
+# Only what is done here: a client may ask for whatever this list names.
+EXTENSIONS = (
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+
+_PLAIN: Mapping[Code, type[MantaError]] = {
+    Code.INVALID_ARG: InvalidArgument,
+    Code.NOT_FOUND: NotFound,
+    Code.UNAVAILABLE: Unavailable,
+    Code.UNSUPPORTED: Unsupported,
+    Code.INTERNAL: Internal,
+    Code.ALREADY_EXISTS: AlreadyExists,
+    Code.CANCELLED: Cancelled,
+}
+
+
+class Versions(Protocol):
+    """The directory, as the verbs see it."""
+
+    def find(self, name: str, version: str) -> Served: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
+class Control(Protocol):
+    """The Controller: `load` and `unload` (name, parameters), `statistics` (name, version)."""
+
+    async def call(self, verb: str, *args: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request that waits for its batch. Cancelling `future` withdraws it."""
+
+    request: InferRequest
+    served: Served
+    work: Work
+    future: Future[Any]
+
+
+class Inference:
+    def __init__(self, versions: Versions, control: Control, settings: ServerSettings) -> None:
+        self._versions = versions
+        self._control = control
+        self.settings = settings
+        self._closing = False
+
+    # --- health ----------------------------------------------------------------------------------
+
+    @property
+    def closing(self) -> bool:
+        return self._closing or self._versions.snapshot().closing
+
+    def close(self) -> None:
+        """Refuse new work from now on; what was accepted is answered."""
+        self._closing = True
+
+    def check_open(self) -> None:
+        if self.closing:
+            raise ShuttingDown()
+
+    def live(self) -> bool:
+        self.check_open()
+        return True
+
+    def ready(self) -> bool:
+        self.check_open()
+        snapshot = self._versions.snapshot()
+        return snapshot.started and snapshot.ready
+
+    def model_ready(self, name: str, version: str) -> bool:
+        """False, and no error, for what is not there (spec/server.md §1.3)."""
+        self.check_open()
+        try:
+            served = self._versions.find(name, version)
+        except (NotFound, Unavailable):
+            return False
+        return any(target.slots for target in served.snapshot.targets)
+
+    # --- metadata --------------------------------------------------------------------------------
+
+    def server_metadata(self) -> dict[str, Any]:
+        return {
+            "name": self.settings.id,
+            "version": _server_version(),
+            "extensions": list(EXTENSIONS),
+        }
+
+    def model_metadata(self, name: str, version: str) -> dict[str, Any]:
+        config = self._versions.find(name, version).config
+        return {
+            "name": name,
+            "versions": [version] if version else self._ready_versions(name),
+            "platform": config.platform or config.backend,
+            "inputs": [_tensor_metadata(config, entry) for entry in config.input],
+            "outputs": [_tensor_metadata(config, entry) for entry in config.output],
+        }
+
+    def model_config(self, name: str, version: str) -> ModelConfig:
+        return self._versions.find(name, version).config
+
+    # --- infer -----------------------------------------------------------------------------------
+
+    def find(self, name: str, version: str) -> Served:
+        """Before a request's body is read: is there anything that could answer it?"""
+        self.check_open()
+        return self._versions.find(name, version)
+
+    def submit(self, request: InferRequest) -> Ticket:
+        """Check a request and queue it. Raises what is wrong with it; never waits."""
+        served = self.find(request.model_name, request.model_version)
+        try:
+            work = served.contract.admit(request)
+            future = served.gate.submit(work.rows, work.key, work.inputs, work.outputs)
+        except MantaError as error:
+            raise told(request.id, error) from error
+        return Ticket(request, served, work, future)
+
+    def answer(self, ticket: Ticket) -> InferResponse:
+        """The response to a ticket whose future is done."""
+        try:
+            outputs = ticket.future.result().outputs
+            tensors = ticket.served.contract.answer(ticket.work.outputs, outputs)
+        except MantaError as error:
+            raise told(ticket.request.id, error) from error
+        snapshot = ticket.served.snapshot
+        return InferResponse(snapshot.model_name, str(snapshot.version), ticket.request.id, tensors)
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        ticket = self.submit(request)
+        try:
+            await ticket.future
+        except MantaError:
+            pass  # `answer` raises it, with the request's id
+        return self.answer(ticket)
+
+    # --- statistics and control ------------------------------------------------------------------
+
+    async def statistics(self, name: str, version: str) -> dict[str, Any]:
+        """Of one model, of one of its versions, or with "" of every ready model."""
+        if name:
+            self._check_counted(name, version)
+        return {"model_stats": await self._control.call("statistics", name, version)}
+
+    def index(self, ready_only: bool) -> list[dict[str, str]]:
+        """What the repository holds: only the name of a model that was never touched."""
+        entries = []
+        for each in self._versions.snapshot().versions:
+            if ready_only and each.state is not ModelState.READY:
+                continue
+            entry = {"name": each.model_name}
+            if each.version:
+                entry["version"] = str(each.version)
+            if each.version or each.state is not ModelState.UNKNOWN:
+                entry["state"] = each.state.value
+            if each.reason:
+                entry["reason"] = each.reason
+            entries.append(entry)
+        return entries
+
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        self._check_control()
+        for key in parameters:
+            if key == "config" or key.startswith("file:"):
+                raise Unsupported(f"load parameter '{key}' is not supported")
+            raise InvalidArgument(f"unrecognized load parameter '{key}'")
+        await self._control.call("load", name, {})
+
+    async def unload(self, name: str, parameters: Mapping[str, Any]) -> None:
+        self._check_control()
+        for key, value in parameters.items():
+            if key != "unload_dependents":
+                raise InvalidArgument(f"unrecognized unload parameter '{key}'")
+            if not isinstance(value, bool):
+                raise InvalidArgument("invalid value for 'unload_dependents': expected a boolean")
+        await self._control.call("unload", name, dict(parameters))
+
+    def _check_control(self) -> None:
+        self.check_open()
+        if self.settings.model_control_mode != "explicit":
+            raise ControlDisabled()
+
+    def _check_counted(self, name: str, version: str) -> None:
+        try:
+            self._versions.find(name, version)
+        except (NotFound, Unavailable):
+            if version and self._ready_versions(name):
+                raise InvalidArgument(
+                    f"requested model version is not available for model '{name}'"
+                ) from None
+            raise InvalidArgument(f"requested model '{name}' is not available") from None
+
+    def _ready_versions(self, name: str) -> list[str]:
+        return [
+            str(each.version)
+            for each in self._versions.snapshot().versions
+            if each.model_name == name and each.state is ModelState.READY
+        ]
+
+
+def told(request_id: str, error: MantaError) -> MantaError:
+    """The error as Triton tells it once a request exists (spec/server.md §0)."""
+    prefix = f"[request id: {request_id or '<id_unknown>'}] "
+    return _PLAIN.get(error.code, UnknownError)(prefix + str(error))
+
+
+def _tensor_metadata(config: ModelConfig, entry: ModelInput | ModelOutput) -> dict[str, Any]:
+    """`shape` is the client's view, whatever the model's reshape says."""
+    return {
+        "name": entry.name,
+        "datatype": dtypes.from_config(entry.data_type).wire,
+        "shape": [-1, *entry.dims] if config.max_batch_size else list(entry.dims),
+    }
+
+
+def _server_version() -> str:
+    try:
+        return version("manta-server")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0.0.0"

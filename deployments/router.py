@@ -1,0 +1,288 @@
+"""Router: the ingress. Wires the edges to `inference`, and follows the Controller.
+
+Owns one gate per running application, this Router's counters, and its listener. Decides nothing
+about requests; never imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import get_runtime_context, serve
+from ray.exceptions import RayTaskError
+
+from configs.server import ServerSettings
+
+from . import grpc_stubs
+from .batcher import Batcher, Collect, ModelClient, serve_collect
+from .client import HandleClient, Pool
+from .directory import Directory
+from .errors import Internal, MantaError, ReplicaLost, Unavailable
+from .gate import Gate
+from .grpc import VERBS, GrpcServicer, serve_proxy_method
+from .http import HttpApp
+from .http_metrics import MetricsApp
+from .inference import Inference
+from .listener import Listener
+from .scheduler import policy
+from .statistics import Recorder, VersionKey
+from .types import Batch, BatchReply, Snapshot, VersionSnapshot
+
+logger = logging.getLogger("ray.serve")
+
+FLUSH_S = 1.0
+RETRY_S = 0.2
+# Questions to the Controller that it answers at once, unless it is being replaced.
+ANSWER_S = 10.0
+
+
+class _Watched:
+    """A client that remembers when a replica was lost under it, so that the Controller hears it."""
+
+    def __init__(self, client: ModelClient, lost: Callable[[], None]) -> None:
+        self._client = client
+        self._lost = lost
+
+    async def execute(self, batch: Batch) -> BatchReply:
+        try:
+            return await self._client.execute(batch)
+        except ReplicaLost:
+            self._lost()
+            raise
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+class _Line:
+    """The way to one running application: queue, batch call, deployments."""
+
+    def __init__(self, key: VersionKey, gate: Gate, pool: Pool) -> None:
+        self.key = key
+        self.gate = gate
+        self.pool = pool
+
+
+class Router:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: ServerSettings, controller: Any
+    ) -> None:
+        context = serve.get_replica_context()
+        self._settings = settings
+        self._controller = controller
+        self._router_id = context.replica_id.unique_id
+        self._directory = Directory()
+        self._recorder = Recorder()
+        self._lines: dict[str, _Line] = {}
+        self._draining: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[str] = set()
+        self._flushes = 0
+        self._epoch, self._sequence = 0, -1
+        self._collect: Collect | None = serve_collect() if settings.batching == "serve" else None
+        self._inference = Inference(self._directory, self, settings)
+        self._http = HttpApp(self._inference, settings)
+        self.grpc_verbs = GrpcServicer(self._inference)
+        self._listener = self._claim(context.app_name)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._follow()), loop.create_task(self._flush_forever())]
+
+    def _claim(self, app_name: str) -> Listener | None:
+        """The ports, at once: a busy one fails the constructor, and with it the deployment."""
+        if self._settings.listener != "router":
+            return None
+        owner = f"{get_runtime_context().gcs_address} {app_name}"
+        return Listener(
+            self._settings,
+            owner,
+            self._http,
+            MetricsApp(self._metrics),
+            lambda server: grpc_stubs.add_GRPCInferenceServiceServicer_to_server(
+                self.grpc_verbs, server
+            ),
+        )
+
+    def __serve_build_asgi_app__(self) -> HttpApp:
+        return self._http
+
+    # --- following the Controller ----------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        opened = False
+        while True:
+            try:
+                snapshot = await self._controller.watch.remote(
+                    self._router_id, self._epoch, self._sequence, self._in_use()
+                )
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # it is being replaced: what is loaded goes on serving
+                logger.debug("the Controller does not answer: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if snapshot is None:
+                continue
+            self._apply(snapshot)
+            if snapshot.started and not opened and self._listener is not None:
+                await self._listener.open()
+                opened = True
+
+    def _in_use(self) -> tuple[str, ...]:
+        return (*self._lines, *self._draining)
+
+    def _apply(self, snapshot: Snapshot) -> None:
+        if snapshot.epoch != self._epoch:
+            self._recorder.resend()
+        if not snapshot.started and self._lines:
+            return  # a new Controller that is still finding out what runs
+        self._epoch, self._sequence = snapshot.epoch, snapshot.sequence
+        wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
+        for application, version in wanted.items():
+            if application not in self._lines:
+                self._lines[application] = self._line(version)
+            line = self._lines[application]
+            line.pool.resize(version.targets)
+            line.gate.resize(line.pool.slots)
+        self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
+        for application in [name for name in self._lines if name not in wanted]:
+            self._let_go(application)
+
+    def _line(self, version: VersionSnapshot) -> _Line:
+        config, settings = version.config, self._settings
+        assert config is not None  # _apply takes only versions that have one
+        pool = Pool(
+            {
+                target.deployment: HandleClient(
+                    version.model_name,
+                    version.application,
+                    target.deployment,
+                    settings.by_reference_min_bytes,
+                    settings.max_queue_s + settings.max_execution_s,
+                )
+                for target in version.targets
+            }
+        )
+        application = version.application
+        client = _Watched(pool, lambda: self._lost.add(application))
+        batcher = Batcher(version.model_name, config.max_batch_size > 0, client, self._collect)
+        key = VersionKey(version.model_name, str(version.version), application)
+        gate = Gate(
+            version.model_name,
+            policy(config, settings),
+            batcher.run,
+            slots=0,
+            counters=self._recorder.counters(key),
+        )
+        return _Line(key, gate, pool)
+
+    def _let_go(self, application: str) -> None:
+        """No new requests reach it; what it has is answered, then the Controller may delete it."""
+        line = self._lines.pop(application)
+        task = asyncio.get_running_loop().create_task(self._drain_line(application, line))
+        self._draining[application] = task
+
+    async def _drain_line(self, application: str, line: _Line) -> None:
+        try:
+            await asyncio.wait_for(line.gate.drain(), self._settings.exit_timeout_s)
+        except asyncio.TimeoutError:
+            line.gate.close(Unavailable(f"model '{line.key.model}' was unloaded"))
+        finally:
+            await line.pool.aclose()
+            self._recorder.discard(line.key)
+            del self._draining[application]
+
+    # --- counters --------------------------------------------------------------------------------
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            with contextlib.suppress(Exception):
+                await self._flush()
+
+    async def _flush(self) -> None:
+        self._flushes += 1
+        sequence = self._flushes
+        pending = {line.key: line.gate.pending for line in self._lines.values()}
+        delta = self._recorder.flush(sequence, pending)
+        lost, self._lost = tuple(self._lost), set()
+        try:
+            await self._controller.push.remote(self._router_id, delta, lost)
+        except BaseException:
+            self._lost.update(lost)
+            raise
+        self._recorder.acknowledge(sequence)
+
+    async def _metrics(self) -> str:
+        await self._ask(self._flush, ANSWER_S)
+        text: str = await self._ask(lambda: self._controller.metrics.remote(), ANSWER_S)
+        return text
+
+    async def call(self, verb: str, *args: Any) -> Any:
+        """The Control seam of `inference`."""
+        if verb == "statistics":
+            await self._ask(self._flush, ANSWER_S)
+            return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
+        limit_s = self._settings.model_load_timeout_s + ANSWER_S
+        await self._ask(lambda: self._controller.control.remote(verb, *args), limit_s)
+        await self._caught_up()
+
+    async def _ask(self, ask: Callable[[], Awaitable[Any]], limit_s: float) -> Any:
+        try:
+            return await asyncio.wait_for(_awaited(ask), limit_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, MantaError):
+                raise error.cause from None
+            logger.exception("the Controller failed")
+            raise Internal("the server failed to answer") from None
+        except MantaError:
+            raise
+        except Exception as error:
+            raise Unavailable("the server's controller is restarting; try again") from error
+
+    async def _caught_up(self) -> None:
+        """What was just loaded must be found by this client's next request."""
+        snapshot = await self._ask(
+            lambda: self._controller.watch.remote(self._router_id, 0, -1, self._in_use()),
+            ANSWER_S,
+        )
+        newer = snapshot is not None and snapshot.sequence > self._sequence
+        if newer and snapshot.epoch == self._epoch:
+            self._apply(snapshot)
+
+    # --- health and the end ----------------------------------------------------------------------
+
+    async def check_health(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError("the Router no longer follows the Controller")
+        if self._listener is not None and not self._listener.alive():
+            raise RuntimeError("the Router's listener has stopped")
+
+    async def drain(self) -> None:
+        """Answer what was accepted and leave the ports; Serve knows nothing of the traffic."""
+        if self._listener is not None:
+            await self._listener.drain()
+        for line in self._lines.values():
+            await line.gate.drain()
+
+    async def __del__(self) -> None:
+        tasks = getattr(self, "_tasks", None)
+        if tasks is None:
+            return  # the constructor failed
+        await asyncio.wait_for(self.drain(), self._settings.exit_timeout_s)
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(Exception):  # the Controller may be on its way out, too
+            await asyncio.wait_for(self._flush(), FLUSH_S)
+
+
+async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """A Serve response is awaitable, but no coroutine that could be waited for with a limit."""
+    return await ask()
+
+
+for _verb in VERBS:
+    setattr(Router, _verb, serve_proxy_method(_verb))

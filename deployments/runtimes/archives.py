@@ -1,0 +1,109 @@
+"""What a .pt or .pt2 file is, told from its zip listing and opcodes: nothing is unpickled or run.
+
+Refuses by name what a loader cannot take, and says what to do instead. Called by the runtimes.
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_PICKLE_LIMIT_BYTES = 64 << 20  # a data.pkl holds structure, not weights
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """`kind`: torchscript, module, state_dict, exported, aoti or unknown.
+
+    `class_name` of a pickled module, `device` that an AOTI package was compiled for.
+    """
+
+    kind: str
+    class_name: str = ""
+    device: str = ""
+    models: tuple[str, ...] = ()
+
+
+def inspect(path: Path) -> Archive:
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            legacy = file.read(2)[:1] == b"\x80"  # torch.save before its zip format
+        return Archive("module") if legacy else Archive("unknown")
+    with zipfile.ZipFile(path) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        packages = [name for name in names if name.startswith("data/aotinductor/")]
+        if packages:
+            return _aoti(archive, names, packages)
+        if any(name.startswith("models/") for name in names):
+            return Archive("exported")
+        if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+            return Archive("torchscript")
+        if "data.pkl" in names:
+            return _pickled(archive, names["data.pkl"])
+    return Archive("unknown")
+
+
+def _aoti(archive: zipfile.ZipFile, names: dict[str, str], packages: list[str]) -> Archive:
+    models = tuple(sorted({name.split("/")[2] for name in packages}))
+    device = ""
+    for name in packages:
+        if name.endswith("_metadata.json"):
+            device = json.loads(archive.read(names[name])).get("AOTI_DEVICE_KEY", "") or device
+    return Archive("aoti", device=device, models=models)
+
+
+def _pickled(archive: zipfile.ZipFile, name: str) -> Archive:
+    """A state dict names only torch's own functions; a module names its class."""
+    if archive.getinfo(name).file_size > _PICKLE_LIMIT_BYTES:
+        return Archive("unknown")
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(archive.read(name)):
+        if opcode.name == "GLOBAL":
+            module, _, attribute = str(argument).partition(" ")
+        elif opcode.name == "STACK_GLOBAL":
+            module, attribute = [*strings, "", ""][:2] if len(strings) < 2 else strings[-2:]
+        else:
+            if "UNICODE" in opcode.name:
+                strings.append(str(argument))
+            continue
+        root = module.partition(".")[0]
+        if root not in ("torch", "collections") or module.startswith("torch.nn.modules"):
+            return Archive("module", class_name=f"{module}.{attribute}")
+    return Archive("state_dict")
+
+
+def refuse_torchscript(archive: Archive) -> str:
+    """Why this is no TorchScript and what to do; "" when it is, or may be."""
+    named = f" of class '{archive.class_name}'" if archive.class_name else ""
+    return {
+        "module": f"this is a pickled module{named} from torch.save(model), which is not loaded: "
+        "unpickling runs code. Save torch.jit.script(model).save('model.pt'), or put the class "
+        "into model.py with runtime: \"model.py\" and torch.save(model.state_dict(), 'model.pt')",
+        "state_dict": "this is a state dict, not TorchScript (it has no constants.pkl). Put the "
+        'class into model.py beside it and set runtime: "model.py", or save '
+        "torch.jit.script(model).save('model.pt')",
+        "aoti": 'this is an AOT Inductor package: set platform: "torch_aoti"',
+        "exported": "this is a program from torch.export.save. Compile it with "
+        'torch._inductor.aoti_compile_and_package and set platform: "torch_aoti"',
+    }.get(archive.kind, "")
+
+
+def refuse_aoti(archive: Archive) -> str:
+    """Why this is no AOTI package with a model named 'model'; "" when it is."""
+    if archive.kind == "aoti":
+        if "model" in archive.models:
+            return ""
+        return f"the package holds no model named 'model', only {', '.join(archive.models)}"
+    if archive.kind == "exported":
+        return (
+            "this is a program from torch.export.save, not an AOT Inductor package. Compile it "
+            "with torch._inductor.aoti_compile_and_package(exported, package_path='model.pt2')"
+        )
+    if archive.kind == "torchscript":
+        return 'this is TorchScript: set platform: "pytorch_libtorch"'
+    if archive.kind in ("module", "state_dict"):
+        return "this is a pickle from torch.save, not an AOT Inductor package, and is not loaded"
+    return "this is not an AOT Inductor package (not readable as a .pt2 archive)"

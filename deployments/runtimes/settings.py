@@ -1,0 +1,71 @@
+"""What torch must be set to before a model runs (spec/backend.md §5): per process and per thread.
+
+A replica process serves one model version, so that what is global in torch is that model's own.
+Called by `instance.py` on the instance's thread; parsing the values is configs/parameters.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from configs.complete import RuntimeKind
+from configs.parameters import ModelParameters
+
+logger = logging.getLogger(__name__)
+
+
+def apply_process(parameters: ModelParameters, kind: RuntimeKind) -> None:
+    """Switches that are one per process. Unset JIT switches leave torch's own default."""
+    if kind == "eager":
+        _set_interop(parameters.num_interop_threads)
+        return
+    torch.backends.cudnn.enabled = not parameters.disable_cudnn
+    if parameters.inter_op_thread_count is not None:
+        _set_interop(parameters.inter_op_thread_count)
+    if kind == "torchscript":
+        c: Any = torch._C
+        if parameters.enable_jit_executor is not None:
+            c._jit_set_profiling_executor(parameters.enable_jit_executor)
+        if parameters.enable_jit_profiling is not None:
+            c._jit_set_profiling_mode(parameters.enable_jit_profiling)
+        if parameters.enable_tensor_fuser is not None:
+            c._jit_set_texpr_fuser_enabled(parameters.enable_tensor_fuser)
+
+
+def apply_thread(parameters: ModelParameters, kind: RuntimeKind, threads: int | None) -> None:
+    """OpenMP and the JIT keep these per thread. `threads`: intra-op count when none is given."""
+    chosen = threads
+    if kind == "eager":
+        # NUM_THREADS is 1 unless given, whatever the machine has (§5.4).
+        chosen = parameters.num_threads
+    elif parameters.intra_op_thread_count is not None:
+        chosen = parameters.intra_op_thread_count
+    if chosen is not None:
+        torch.set_num_threads(chosen)
+    if kind == "torchscript":
+        c: Any = torch._C
+        c._set_graph_executor_optimize(not parameters.disable_optimized_execution)
+
+
+def guard(parameters: ModelParameters, kind: RuntimeKind) -> AbstractContextManager[Any]:
+    """Around load and every execution: autograd is off either way (§5.2)."""
+    if kind == "eager" or parameters.inference_mode:
+        return torch.inference_mode()
+    return torch.no_grad()
+
+
+def _set_interop(count: int) -> None:
+    if torch.get_num_interop_threads() == count:
+        return
+    try:
+        torch.set_num_interop_threads(count)
+    except RuntimeError:  # torch takes it once per process, before its pool first works
+        logger.warning(
+            "inter-op threads stay at %d, %d wanted: torch's pool has started already",
+            torch.get_num_interop_threads(),
+            count,
+        )

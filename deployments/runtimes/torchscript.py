@@ -1,0 +1,115 @@
+"""TorchScript: `torch.jit` modules, scripted, traced or frozen (spec/backend.md §2).
+
+Owns loading, the schema checks of §2.1 and the call. Thread and process settings are elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import ConfigError
+from configs.model import ModelConfig
+from configs.parameters import ModelParameters
+from deployments.signature import Binding, Signature, Slot, bind, canonical
+
+from . import Value, archives, faults, place
+from .outputs import pick
+
+
+class TorchScript:
+    label = "TorchScript"
+
+    def __init__(
+        self,
+        module: Any,
+        config: ModelConfig,
+        signature: Signature,
+        binding: Binding,
+        device: torch.device,
+    ) -> None:
+        self._module = module
+        self._config = config
+        self.signature = signature
+        self.binding = binding
+        self.device = device
+        self._keys = [str(slot.path[-1]) for slot in binding.inputs]
+        self._order = [slot.position for slot in binding.inputs]
+
+    def run(self, inputs: Sequence[Value | None]) -> list[object]:
+        if self.signature.dict_input:
+            result = self._module(dict(zip(self._keys, inputs, strict=True)))
+        else:
+            arguments: list[Value | None] = [None] * len(inputs)
+            for position, value in zip(self._order, inputs, strict=True):
+                arguments[position] = value
+            result = self._module(*arguments)
+        return pick(result, self._config, self.binding, list_is_tuple=False)
+
+    def weight_pointer(self) -> int:
+        for tensor in itertools.chain(self._module.parameters(), self._module.buffers()):
+            return int(tensor.data_ptr())
+        return 0
+
+
+def load(
+    path: Path, config: ModelConfig, parameters: ModelParameters, device: str, kind: str
+) -> TorchScript:
+    del parameters  # what they set is per thread and per process: settings.py
+    where = place(path, config)
+    reason = archives.refuse_torchscript(archives.inspect(path))
+    if reason:
+        raise ConfigError(reason, file=where)
+    # KIND_MODEL respects the devices that the file names (§6.2).
+    target = None if kind == "KIND_MODEL" else torch.device(device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            module: Any = torch.jit.load(str(path), map_location=target)  # type: ignore[no-untyped-call]
+            module.eval()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if faults.is_fatal(error):
+            raise
+        text = f"failed to load model '{config.name}': {faults.clean_text(error)}"
+        raise ConfigError(text, file=where) from error
+    inputs_at = target if target is not None else _settle(module)
+    signature = describe(module, config.name)
+    return TorchScript(module, config, signature, bind(config, signature), inputs_at)
+
+
+def _settle(module: Any) -> torch.device:
+    """KIND_MODEL: inputs stay on the host, unless the model names no device and there is a GPU."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if tensors and torch.cuda.is_available() and all(t.device.type == "cpu" for t in tensors):
+        module.to("cuda:0")
+        return torch.device("cuda:0")
+    return torch.device("cpu")
+
+
+def describe(module: Any, model: str) -> Signature:
+    """The checks of §2.1 on `forward`; only Tensor, List[str] and one Dict[str, Tensor] pass."""
+    forward = getattr(module, "forward", None)
+    if forward is None:
+        raise ConfigError(f"model '{model}' has no method forward", field="input")
+    arguments = [a for a in forward.schema.arguments if a.type.kind() != "ClassType"]
+    if len(arguments) == 1 and str(arguments[0].type) == "Dict[str, Tensor]":
+        return Signature(None, dict_input=True)
+    slots: list[Slot] = []
+    for position, argument in enumerate(arguments):
+        text = str(argument.type)
+        if text not in ("Tensor", "List[str]"):
+            raise ConfigError(
+                f"forward of model '{model}' takes '{argument.name}' of type {text}; only one "
+                "Dict(str, Tensor), or arguments that are Tensor or List[str], are supported",
+                field="input",
+            )
+        path = ("ARGS", position)
+        strings = text == "List[str]"
+        slots.append(Slot(position, canonical(path), path, argument.name, strings))
+    return Signature(tuple(slots))

@@ -1,0 +1,217 @@
+"""The vocabulary that the rooms share: frozen data, no behaviour beyond derived properties.
+
+Imports nothing of ours at run time but configs. Everything here crosses process borders by pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from configs.model import ModelConfig
+
+from .errors import MantaError
+
+Array: TypeAlias = np.ndarray[Any, Any]
+ParameterValue: TypeAlias = bool | int | float | str
+
+
+# --- requests, as the edges hand them to `inference` -------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One named tensor.
+
+    `shape` is the client's view. `data` has that shape and the datatype's numpy type, with two
+    exceptions: BF16 is carried as uint16, and BYTES as a flat uint8 array in wire form (each
+    element a little-endian uint32 length and its bytes).
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Array
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """`binary_data` concerns HTTP only; `classification` is 0 when not asked for."""
+
+    name: str
+    binary_data: bool = False
+    classification: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """`model_version` "" means the newest ready one; no `outputs` means all of them."""
+
+    model_name: str
+    model_version: str
+    id: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[RequestedOutput, ...] = ()
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferResponse:
+    model_name: str
+    model_version: str
+    id: str
+    outputs: tuple[Tensor, ...]
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+
+
+# --- batches, between Router and replica ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One execution's worth of requests.
+
+    `rows[k]` is the batch size of member k (1 for a model without a batch dimension).
+    `inputs[i][k]` is member k's array for config input i, in the model's view (reshape applied),
+    or None where an optional input is absent. `outputs` names the config outputs that some member wants.
+    """
+
+    rows: tuple[int, ...]
+    inputs: tuple[tuple[Array | None, ...], ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputArray:
+    """One output over all rows of an execution, in the model's view.
+
+    For BYTES `data` is the flat wire form and `offsets` (int64, elements + 1) says where each
+    element starts, so that rows can be cut out without a second parse.
+    """
+
+    data: Array
+    offsets: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The outcome of one execution for `members` (indices into the batch, ascending).
+
+    A batch is one part unless it had to be run again in pieces. Either `outputs` is whole or
+    `error` says why not. Durations are those of spec/backend.md §8, per execution.
+    """
+
+    members: tuple[int, ...]
+    outputs: Mapping[str, OutputArray]
+    error: MantaError | None = None
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReply:
+    """`refused` means that no instance was free and nothing ran: the batch may be sent again."""
+
+    parts: tuple[Part, ...]
+    refused: bool = False
+
+
+# --- what is loaded, between Controller, Routers and replicas ------------------------------------
+
+
+class ModelState(str, Enum):
+    """The repository index's states (spec/server.md §1.12)."""
+
+    UNKNOWN = "UNKNOWN"
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A deployment of a model's application, and how many batches its live replicas can run."""
+
+    deployment: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSnapshot:
+    """One model version as the Controller sees it. `version` 0: the model never got that far."""
+
+    model_name: str
+    version: int
+    state: ModelState
+    reason: str = ""
+    config: ModelConfig | None = None
+    application: str = ""
+    targets: tuple[Target, ...] = ()
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    load_duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What Routers follow. `epoch` names the Controller's life, `sequence` the change within it."""
+
+    epoch: int
+    sequence: int
+    started: bool
+    ready: bool
+    versions: tuple[VersionSnapshot, ...]
+    closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """What a replica tells the Controller, at registration and at every heartbeat."""
+
+    application: str
+    deployment: str
+    replica_id: str
+    node_id: str
+    pid: int
+    epoch: int
+    instances: int
+    device: str
+    content_hash: str
+    config: ModelConfig
+    error: str = ""
+    loaded: bool = False
+    healthy: bool = True
+    draining: bool = False
+    load_duration_s: float = 0.0
+    weight_pointers: tuple[int, ...] = ()
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """What a replica needs to load one instance group of one model version by itself.
+
+    The artifact is read from `repository`/`model_name`/`version` on the replica's own node and must
+    have `content_hash`. `gpu` is the listed index that the replica makes its only device.
+    """
+
+    controller_application: str
+    application: str
+    deployment: str
+    repository: str
+    model_name: str
+    version: int
+    config: ModelConfig
+    content_hash: str
+    kind: str
+    gpu: int | None
+    instances: int
+    threads: int
+    max_execution_s: float
+    logical_gpus: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Sources of the example models: the nets as Python, the configurations as they are copied."""

@@ -1,0 +1,229 @@
+"""A real server under test: `manta serve` or `serve run` as a process of its own.
+
+Owns ports, environment, temp directory and the end; waits are bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START_S = 240.0
+END_S = 90.0
+
+PEEK = """
+import asyncio, dataclasses, json, sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, logging_level="error")
+async def main():
+    handle = serve.get_deployment_handle("Controller", "manta")
+    reports = await handle.replicas.remote()
+    keys = ("application deployment replica_id pid instances device weight_pointers details"
+            " loaded error").split()
+    status = serve.status().applications
+    nodes = ray.nodes()
+    print(json.dumps({
+        "replicas": [{k: getattr(r, k) for k in keys} for r in reports],
+        "running": {
+            name: {d: s.replica_states.get("RUNNING", 0) for d, s in app.deployments.items()}
+            for name, app in status.items()
+        },
+        "resources": [ray.cluster_resources(), ray.available_resources()],
+        "nodes": len(nodes),
+    }))
+asyncio.run(main())
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago, from below the range that the system hands out."""
+    found: list[int] = []
+    candidate = 18000 + (os.getpid() * 37) % 9000
+    while len(found) < count:
+        candidate += 1
+        with socket.socket() as probe:
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", candidate))
+                found.append(candidate)
+    return found
+
+
+def wait_for(what: Callable[[], Any], limit_s: float, describe: str) -> Any:
+    """Polls until `what` is true; a timeout says what was waited for."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        value = what()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise TimeoutError(f"{describe}: not within {limit_s:g} s")
+
+
+class Server:
+    """Start with `start`, end with `stop`; both are bounded, and `close` leaves nothing behind."""
+
+    def __init__(
+        self, command: Sequence[str], ports: Sequence[int], environment: Mapping[str, str]
+    ) -> None:
+        self.http_port, self.grpc_port, self.metrics_port = ports
+        self.folder = Path(tempfile.mkdtemp(prefix="mt"))
+        self.log = self.folder / "server.log"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MANTA_"))}
+        self._environment = {**inherited, "RAY_TMPDIR": str(self.folder), **environment}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    @property
+    def http(self) -> str:
+        return f"127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"http://{self.http}{path}", timeout=30)
+
+    def live(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server ended: {self.output()[-4000:]}")
+        with contextlib.suppress(httpx.TransportError):
+            return self.get("/v2/health/live").status_code == 200
+        return False
+
+    def ready(self) -> bool:
+        return self.live() and self.get("/v2/health/ready").status_code == 200
+
+    def wait_ready(self) -> None:
+        try:
+            wait_for(self.ready, START_S, "the server is ready")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.output()[-4000:]}") from None
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def logs(self) -> str:
+        """What the server's replicas wrote, all of it."""
+        pattern = "ray/session_*/logs/serve/*.log"
+        return "\n".join(p.read_text(errors="replace") for p in self.folder.glob(pattern))
+
+    def descendants(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
+
+    def replica_pids(self, name: str) -> list[int]:
+        """Processes of Serve replicas whose title holds `name`, e.g. `manta:Router`."""
+        found = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if "ServeReplica" in title and name in title:
+                    found.append(process.pid)
+        return found
+
+    def peek(self) -> dict[str, Any]:
+        """The Controller's replicas and Serve's status, over the Ray API."""
+        done = subprocess.run(
+            [sys.executable, "-c", PEEK, self._ray_address()],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        peeked: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return peeked
+
+    def _ray_address(self) -> str:
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                for word in words:
+                    if word.startswith("--gcs-address="):
+                        return word.partition("=")[2]
+        raise RuntimeError("no Ray process knows its address")
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """The exit code. Leaves no process: what is still there is a failure of the server."""
+        family = self.descendants()
+        if self.process.poll() is None:
+            self.signal(number)
+        code = self.process.wait(END_S)
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive, f"left behind: {[p.info for p in alive]}"
+        return code
+
+    def close(self) -> None:
+        """For fixtures: whatever happened, our processes end and the disk is clean."""
+        family = self.descendants()
+        with contextlib.suppress(Exception):
+            self.stop()
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def manta_serve(
+    repository: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """`manta serve` on free ports; not waited for."""
+    ports = free_ports(3)
+    command = [
+        str(BIN / "manta"),
+        "serve",
+        f"--model-repository={repository}",
+        f"--http-port={ports[0]}",
+        "--grpc-port",
+        str(ports[1]),
+        f"--metrics-port={ports[2]}",
+        *flags,
+    ]
+    server = Server(command, ports, environment or {})
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return True
+    return False

@@ -1,0 +1,163 @@
+"""What must hold inside one configuration."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.checks import check, check_strings
+from configs.errors import ConfigError
+from configs.model import (
+    DynamicBatching,
+    InstanceGroup,
+    ModelConfig,
+    ModelInput,
+    ModelOutput,
+    Reshape,
+    VersionPolicy,
+)
+
+GOOD = ModelConfig(
+    name="m",
+    max_batch_size=8,
+    input=(ModelInput(name="a", data_type="TYPE_FP32", dims=(2, -1)),),
+    output=(ModelOutput(name="a", data_type="TYPE_FP32", dims=(4,)),),
+)
+
+
+def _input(**changes):
+    return (GOOD.input[0].model_copy(update=changes),)
+
+
+def _groups(*groups):
+    return tuple(InstanceGroup(**group) for group in groups)
+
+
+CASES = [
+    ({"platform": "libtorch"}, "platform", "unexpected platform 'libtorch'"),
+    ({"platform": "ensemble"}, "platform", "ensembles are not supported"),
+    ({"backend": "onnxruntime"}, "backend", "backend 'onnxruntime' is not supported"),
+    ({"runtime": "lib.so"}, "runtime", "runtime 'lib.so' is not supported"),
+    ({"runtime": "model.py", "platform": "torch_aoti"}, "runtime", "does not run platform"),
+    (
+        {"runtime": "model.py", "default_model_filename": "a.pt2"},
+        "default_model_filename",
+        "does not load .pt2",
+    ),
+    ({"max_batch_size": -1}, "max_batch_size", "0 or greater"),
+    (
+        {"output": ()},
+        "output",
+        "model configuration must contain at least one output, none were specified",
+    ),
+    (
+        {"input": ()},
+        "input",
+        "model configuration must contain at least one input, none were specified",
+    ),
+    ({"input": _input(name=" ")}, "input[0].name", "must specify 'name'"),
+    ({"input": GOOD.input * 2}, "input[1].name", "listed more than once"),
+    ({"output": GOOD.output * 2}, "output[1].name", "listed more than once"),
+    ({"input": _input(data_type="TYPE_INVALID")}, "input[0].data_type", "'data_type'"),
+    (
+        {"input": _input(data_type="TYPE_BF16")},
+        "input[0].data_type",
+        "unsupported datatype TYPE_BF16 for input 'a' for model 'm'",
+    ),
+    ({"input": _input(dims=())}, "input[0].dims", "must specify 'dims'"),
+    ({"input": _input(dims=(3, -2))}, "input[0].dims[1]", "-2 must be at least 1, or -1"),
+    (
+        {"input": _input(reshape=Reshape(shape=(0,)))},
+        "input[0].reshape.shape[0]",
+        "0 must be at least 1",
+    ),
+    ({"input": _input(reshape=Reshape())}, "input[0].reshape", "empty reshape"),
+    ({"input": _input(dims=(-1,), reshape=Reshape())}, "input[0].reshape", "empty reshape"),
+    (
+        {"input": _input(dims=(1,), reshape=Reshape()), "max_batch_size": 0},
+        "input[0].reshape",
+        "empty reshape needs batching",
+    ),
+    (
+        {"input": _input(dims=(2, -1, 3), reshape=Reshape(shape=(3, -1, 2)))},
+        "input[0].reshape",
+        "same number of elements",
+    ),
+    (
+        {"input": _input(data_type="TYPE_STRING", dims=(1,))},
+        "input[0].dims",
+        "only 1-dimensional List of String is supported as input for 'a'",
+    ),
+    ({"input": _input(format="FORMAT_NHWC")}, "input[0].format", "exactly 3 dims"),
+    (
+        {"version_policy": VersionPolicy(latest=0)},
+        "version_policy.latest.num_versions",
+        "at least 1",
+    ),
+    ({"version_policy": VersionPolicy(specific=())}, "version_policy.specific", "at least one"),
+    (
+        {"version_policy": VersionPolicy(specific=(1, 0))},
+        "version_policy.specific.versions[1]",
+        "0 must be",
+    ),
+    (
+        {"dynamic_batching": DynamicBatching(preferred_batch_size=(4, 0))},
+        "dynamic_batching.preferred_batch_size[1]",
+        "must be positive",
+    ),
+    (
+        {"dynamic_batching": DynamicBatching(preferred_batch_size=(9,))},
+        "dynamic_batching.preferred_batch_size[0]",
+        "<= max batch size 8",
+    ),
+    (
+        {"instance_group": _groups({"name": "g"}, {"name": "g"})},
+        "instance_group[1]",
+        "'g' is listed more than once",
+    ),
+    (
+        {"instance_group": _groups({"kind": "KIND_MODEL", "gpus": (0,)})},
+        "instance_group[0].gpus",
+        "'m_0' has kind KIND_MODEL and must not list gpus",
+    ),
+    ({"instance_group": _groups({"gpus": (0, 0)})}, "instance_group[0].gpus", "each gpu once"),
+    ({"instance_group": _groups({"gpus": (-1,)})}, "instance_group[0].gpus", "index from 0"),
+    *(
+        ({"default_model_filename": name}, "default_model_filename", "must be relative")
+        for name in ("/etc/x", "../x.pt", "a/../../x", "a\\..\\x", "a\0b", "a\nb")
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "reason"), CASES)
+def test_refuses(changes, field, reason):
+    with pytest.raises(ConfigError) as caught:
+        check(GOOD.model_copy(update=changes))
+    assert caught.value.args[2] == field
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_batch_size": 0, "input": _input(data_type="TYPE_STRING", dims=(-1,))},
+        {"input": _input(data_type="TYPE_STRING", dims=(1,), reshape=Reshape())},
+        {"input": _input(dims=(2, -1, 3), reshape=Reshape(shape=(1, 2, -1, 3, 1)))},
+        {"input": _input(dims=(3, 2, 2), format="FORMAT_NCHW")},
+        {"default_model_filename": "weights/a..b.pt"},
+        {"runtime": "model.py", "default_model_filename": "net.py"},
+        {"dynamic_batching": DynamicBatching(), "max_batch_size": 0},
+    ],
+)
+def test_accepts(changes):
+    check(GOOD.model_copy(update=changes))
+
+
+def test_strings_are_for_torchscript_alone():
+    config = GOOD.model_copy(
+        update={"max_batch_size": 0, "input": _input(data_type="TYPE_STRING", dims=(-1,))}
+    )
+    check_strings(config, "torchscript")
+    for kind in ("aoti", "eager"):
+        with pytest.raises(ConfigError, match="unsupported datatype TYPE_STRING for input 'a'"):
+            check_strings(config, kind)

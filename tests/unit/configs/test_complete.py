@@ -1,0 +1,132 @@
+"""What normalise fills in."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.complete import artifact_filename, normalise, runtime_kind
+from configs.errors import ConfigError
+from configs.model import DynamicBatching, InstanceGroup, ModelConfig, ModelInput, ModelOutput
+
+BASE = ModelConfig(
+    name="m",
+    input=(ModelInput(name="a", data_type="TYPE_FP32", dims=(4,)),),
+    output=(ModelOutput(name="b", data_type="TYPE_FP32", dims=(4,)),),
+)
+
+
+def _normal(files=("model.pt",), has_gpu=False, **changes):
+    return normalise(BASE.model_copy(update=changes), files, has_gpu)
+
+
+PT, PT2, PY = "model.pt", "model.pt2", "model.py"
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "platform", "runtime", "filename", "kind", "artifact"),
+    [
+        # sniffed from the directory
+        ({}, (PT,), "pytorch_libtorch", "", "", "torchscript", PT),
+        ({}, (PT2,), "torch_aoti", "", PT2, "aoti", PT2),
+        ({}, (PT, PT2, PY), "pytorch_libtorch", "", "", "torchscript", PT),
+        ({}, (PY,), "pytorch_libtorch", PY, "", "eager", PY),
+        ({"backend": "pytorch"}, (PT,), "pytorch_libtorch", "", PT, "torchscript", PT),
+        ({"backend": "pytorch"}, (PT2,), "torch_aoti", "", PT2, "aoti", PT2),
+        ({"backend": "pytorch"}, (PY,), "pytorch_libtorch", PY, "", "eager", PY),
+        ({"backend": "pytorch"}, (), "pytorch_libtorch", "", PT, "torchscript", PT),
+        # stated
+        ({"platform": "pytorch_libtorch"}, (), "pytorch_libtorch", "", "", "torchscript", PT),
+        ({"platform": "torch_aoti"}, (PT,), "torch_aoti", "", PT2, "aoti", PT2),
+        ({"default_model_filename": PT}, (), "pytorch_libtorch", "", PT, "torchscript", PT),
+        ({"default_model_filename": PT2}, (), "torch_aoti", "", PT2, "aoti", PT2),
+        (
+            {"platform": "torch_aoti", "default_model_filename": "n.pt2"},
+            (),
+            "torch_aoti",
+            "",
+            "n.pt2",
+            "aoti",
+            "n.pt2",
+        ),
+        # the Python runtime never gets a file name
+        ({"runtime": PY}, (PY, PT), "pytorch_libtorch", PY, "", "eager", PY),
+        (
+            {"runtime": PY, "backend": "pytorch"},
+            (PT,),
+            "pytorch_libtorch",
+            PY,
+            "",
+            "torchscript",
+            PT,
+        ),
+        (
+            {"runtime": PY, "default_model_filename": PT},
+            (PY, PT),
+            "pytorch_libtorch",
+            PY,
+            PT,
+            "torchscript",
+            PT,
+        ),
+    ],
+)
+def test_engine(given, files, platform, runtime, filename, kind, artifact):
+    config = _normal(files, **given)
+    assert config.backend == "pytorch"
+    assert (config.platform, config.runtime) == (platform, runtime)
+    assert config.default_model_filename == filename
+    assert runtime_kind(config, files) == kind
+    assert artifact_filename(config, files) == artifact
+    assert normalise(config, files, False) == config
+
+
+def test_nothing_to_go_by_is_an_error_that_says_what_is_missing():
+    with pytest.raises(ConfigError, match=r"'m': .* none of model.pt, model.pt2, model.py"):
+        _normal(("weights.bin",))
+    with pytest.raises(ConfigError, match="must specify 'backend' or 'platform' for model 'm'$"):
+        _normal((), default_model_filename="net.pt")
+
+
+def test_defaults():
+    config = _normal(max_batch_size=8, dynamic_batching=DynamicBatching())
+    assert config.version_policy.latest == 1
+    assert config.dynamic_batching.preferred_batch_size == (8,)
+    assert config.optimization.input_pinned_memory.enable
+    assert config.instance_group == (InstanceGroup(name="m", kind="KIND_CPU", count=1),)
+    assert _normal(dynamic_batching=DynamicBatching()).dynamic_batching == DynamicBatching()
+
+
+def test_instance_groups():
+    groups = _normal(
+        has_gpu=True,
+        instance_group=(
+            InstanceGroup(),
+            InstanceGroup(kind="KIND_CPU", count=-3),
+            InstanceGroup(name="own", kind="KIND_GPU", count=2, gpus=(1,)),
+        ),
+    ).instance_group
+    assert [(g.name, g.kind, g.count, g.gpus) for g in groups] == [
+        ("m_0", "KIND_GPU", 1, ()),
+        ("m_1", "KIND_CPU", 1, ()),
+        ("own", "KIND_GPU", 2, (1,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        (InstanceGroup(kind="KIND_GPU"), "'m_0' of model 'm' has kind KIND_GPU but no GPU"),
+        (InstanceGroup(gpus=(0,)), "'m_0' has kind KIND_CPU and must not list gpus"),
+    ],
+)
+def test_without_a_gpu(group, reason):
+    with pytest.raises(ConfigError, match=reason):
+        _normal(instance_group=(group,))
+
+
+def test_strings_are_refused_once_the_runtime_is_known():
+    strings = (ModelInput(name="a", data_type="TYPE_STRING", dims=(-1,)),)
+    assert _normal((PT,), input=strings).input == strings
+    for files in ((PT2,), (PY,)):
+        with pytest.raises(ConfigError, match="unsupported datatype TYPE_STRING"):
+            _normal(files, input=strings)

@@ -1,0 +1,149 @@
+"""Text -> ModelConfig -> proto and JSON, and what errors say."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from configs.complete import normalise
+from configs.errors import ConfigError
+from configs.model import DynamicBatching, InstanceGroup, Reshape, VersionPolicy
+from configs.pbtxt import locate, parse, to_json, to_proto
+
+TEXT = """\
+name: "m"
+platform: "pytorch_libtorch"
+max_batch_size: 8
+input [
+  { name: "INPUT__0" data_type: TYPE_FP32 dims: [ 3, -1 ] format: FORMAT_NONE },
+  {
+    name: "INPUT__1"
+    data_type: TYPE_INT64
+    dims: [ 1 ]
+    reshape { shape: [ ] }
+  }
+]
+output { name: "OUTPUT__0" data_type: TYPE_FP32 dims: -1 label_filename: "labels.txt" }
+instance_group { kind: KIND_GPU count: 2 gpus: [ 0, 1 ] }
+dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }
+version_policy { specific { versions: [ 1, 3 ] } }
+parameters { key: "INFERENCE_MODE" value { string_value: "true" } }
+optimization { input_pinned_memory { enable: false } }
+"""
+
+
+def _parse(text, name="m"):
+    return parse(text, f"{name}/config.pbtxt", name)
+
+
+def _error(text, name="m"):
+    with pytest.raises(ConfigError) as caught:
+        _parse(text, name)
+    return str(caught.value)
+
+
+def test_parses_into_frozen_models():
+    config = _parse(TEXT)
+    assert config.name == "m"
+    assert [i.name for i in config.input] == ["INPUT__0", "INPUT__1"]
+    assert config.input[0].dims == (3, -1)
+    assert config.input[1].reshape == Reshape(shape=())
+    assert config.input[1].model_dims == ()
+    assert config.output[0].label_filename == "labels.txt"
+    assert config.instance_group == (InstanceGroup(kind="KIND_GPU", count=2, gpus=(0, 1)),)
+    assert config.dynamic_batching == DynamicBatching(
+        preferred_batch_size=(4, 8), max_queue_delay_microseconds=100
+    )
+    assert config.version_policy == VersionPolicy(specific=(1, 3))
+    assert config.parameters == {"INFERENCE_MODE": "true"}
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"
+
+
+@pytest.mark.parametrize(
+    "policy", ["", "version_policy { all { } }", "version_policy { latest { num_versions: 2 } }"]
+)
+def test_proto_round_trip(policy):
+    text = TEXT.replace("version_policy { specific { versions: [ 1, 3 ] } }", policy)
+    assert to_proto(_parse(text)) == text_format.Parse(text, pb.ModelConfig())
+
+
+def test_json_has_every_scalar_and_numbers_as_numbers():
+    data = to_json(normalise(_parse(TEXT), [], has_gpu=True))
+    assert data["input"][0]["dims"] == [3, -1]
+    assert data["input"][0]["optional"] is False
+    assert data["input"][1]["reshape"] == {"shape": []}
+    assert data["dynamic_batching"]["max_queue_delay_microseconds"] == 100
+    assert data["dynamic_batching"]["priority_levels"] == 0
+    assert data["version_policy"] == {"specific": {"versions": [1, 3]}}
+    assert data["parameters"] == {"INFERENCE_MODE": {"string_value": "true"}}
+    assert data["cc_model_filenames"] == {}
+    assert data["metric_tags"] == {}
+    assert data["runtime"] == ""
+    assert data["optimization"]["input_pinned_memory"] == {"enable": False}
+    assert data["optimization"]["output_pinned_memory"] == {"enable": True}
+    assert "sequence_batching" not in data
+    assert json_format.ParseDict(data, pb.ModelConfig()).max_batch_size == 8
+
+
+def test_name_is_the_directory():
+    assert _parse(TEXT.replace('name: "m"\n', "", 1)).name == "m"
+    assert _error(TEXT, "other").startswith("other/config.pbtxt:1: name: the name 'm' must")
+
+
+def test_alias_of_default_model_filename(caplog):
+    with caplog.at_level(logging.WARNING, "manta.configs"):
+        config = _parse('\n# default_model_name: "no"\ndefault_model_name: "net.pt"\n' + TEXT)
+    assert config.default_model_filename == "net.pt"
+    assert caplog.messages == [
+        "m/config.pbtxt:3: default_model_name is taken as default_model_filename"
+    ]
+    both = "default_model_name: 'net.pt'\ndefault_model_filename: \"%s\"\n" + TEXT
+    assert _parse(both % "net.pt").default_model_filename == "net.pt"
+    assert _error(both % "b.pt").startswith("m/config.pbtxt:1: default_model_name: differs from")
+    assert "has no field" in _error(TEXT.replace("format:", "default_model_name:"))
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "expected"),
+    [
+        ("max_batch_size: 8", "max_batch: 8", "m/config.pbtxt:3: max_batch: Message type"),
+        ("TYPE_INT64", "TYPE_INT65", "m/config.pbtxt:8: input[1].data_type: "),
+        ("max_batch_size: 8", "max_batch_size: 'x'", "m/config.pbtxt:3: max_batch_size: "),
+        ("data_type: TYPE_INT64", "", "m/config.pbtxt:6: input[1].data_type: model input"),
+        ("dims: [ 1 ]", "dims: [ 0 ]", "m/config.pbtxt:9: input[1].dims[0]: 0 must be"),
+        (
+            "TYPE_INT64",
+            "TYPE_UINT32",
+            "m/config.pbtxt:8: input[1].data_type: unsupported datatype TYPE_UINT32 "
+            "for input 'INPUT__1' for model 'm'",
+        ),
+        ("dynamic_batching {", "sequence_batching {} #", "m/config.pbtxt:15: sequence_batching: "),
+        (
+            "version_policy",
+            "sequence_batching { } #",
+            "m/config.pbtxt:16: sequence_batching: Field",
+        ),
+        ("count: 2", "passive: true", "m/config.pbtxt:14: instance_group[0].passive: "),
+        ("labels.txt", "../labels.txt", "m/config.pbtxt:13: output[0].label_filename: file name"),
+    ],
+)
+def test_errors_name_file_line_and_field(change, to, expected):
+    assert _error(TEXT.replace(change, to, 1)).startswith(expected)
+
+
+def test_long_and_deep_text_gives_a_short_error():
+    for text in ("x" * 100_000, "input {" * 5_000, "max_batch_size: " + "9" * 4_000):
+        assert len(_error(text)) < 1_000
+
+
+def test_locates_an_error_of_a_later_step():
+    error = ConfigError("no", field='parameters["INFERENCE_MODE"]')
+    assert str(locate(error, TEXT, "m/config.pbtxt")) == (
+        'm/config.pbtxt:17: parameters["INFERENCE_MODE"]: no'
+    )
+    other = ConfigError("no", file="m/labels.txt")
+    assert locate(other, TEXT, "m/config.pbtxt") is other

@@ -1,0 +1,83 @@
+"""Instance groups -> replicas, instances and resources."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.model import InstanceGroup, ModelConfig
+from configs.parameters import ModelParameters
+from configs.placement import plan
+from configs.server import ServerSettings
+
+
+def _plan(*groups, gpus=0, settings=None, **parameters):
+    config = ModelConfig(name="m", instance_group=groups)
+    return plan(config, ModelParameters(**parameters), settings or ServerSettings(), gpus)
+
+
+CPU = InstanceGroup(name="m", kind="KIND_CPU", count=2)
+
+
+def _gpu(name="g", count=1, gpus=()):
+    return InstanceGroup(name=name, kind="KIND_GPU", count=count, gpus=gpus)
+
+
+def test_cpu_group_is_replicas_without_sharing_and_threads_with():
+    (alone,) = _plan(CPU)
+    assert (alone.deployment, alone.replicas, alone.instances) == ("m", 2, 1)
+    assert (alone.num_cpus, alone.num_gpus, alone.gpu, alone.resources) == (0.01, 0, None, {})
+    (shared,) = _plan(CPU, enable_weight_sharing=True, cpu_fraction=0.5)
+    assert (shared.replicas, shared.instances, shared.num_cpus) == (1, 2, 0.5)
+
+
+def test_gpu_group_is_one_deployment_per_listed_gpu():
+    first, second = _plan(_gpu(count=3, gpus=(0, 2)), gpus=3, gpu_fraction=0.25)
+    assert (first.deployment, first.gpu, first.replicas) == ("g_gpu0", 0, 3)
+    assert (second.deployment, second.gpu) == ("g_gpu2", 2)
+    assert second.num_gpus == 0.25 and second.resources == {"manta_gpu_2": 0.25}
+    assert second.without_resources().resources == {}
+    assert [p.gpu for p in _plan(_gpu(), gpus=2)] == [0, 1]
+    assert _plan(_gpu(), gpus=1)[0].num_gpus == 0.01
+
+
+def test_model_group_takes_whole_gpus():
+    group = InstanceGroup(name="k", kind="KIND_MODEL", count=1)
+    assert _plan(group, gpus=2)[0].num_gpus == 1
+    assert _plan(group, gpus=2, model_gpus=2)[0].num_gpus == 2
+    (none,) = _plan(group)
+    assert (none.num_gpus, none.num_cpus) == (0, 0.01)
+
+
+def test_names_are_unique_and_safe():
+    names = [p.deployment for p in _plan(_gpu("a/b"), _gpu("a#b"), _gpu("ä b"), gpus=1)]
+    assert names == ["a_b_gpu0", "a_b_gpu0_2", "__b_gpu0"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "gpus", "parameters", "reason"),
+    [
+        ((_gpu(),), 0, {}, "'g' has kind KIND_GPU but no GPU is available"),
+        ((_gpu(gpus=(0, 5)),), 2, {}, "'g' specifies invalid .* gpu id 5; .* are 0, 1"),
+        ((_gpu(count=4),), 1, {"gpu_fraction": 0.3}, "'g' does not fit on gpu 0: GPU_FRACTION"),
+        ((_gpu(count=101),), 1, {}, "the server's gpu_fraction is 0.01"),
+        ((_gpu(), _gpu("h")), 1, {"gpu_fraction": 0.6}, "'h' does not fit on gpu 0"),
+        ((InstanceGroup(name="k", kind="KIND_MODEL", count=3),), 2, {}, "'k' does not .* need 3"),
+        (
+            (InstanceGroup(name="k", kind="KIND_MODEL", count=1), _gpu()),
+            1,
+            {},
+            "MODEL_GPUS.*1 more are shared",
+        ),
+        ((InstanceGroup(name="k", count=1),), 1, {}, "KIND_AUTO, which is not resolved"),
+    ],
+)
+def test_what_can_never_be_placed_is_refused(groups, gpus, parameters, reason):
+    with pytest.raises(ConfigError, match=reason):
+        _plan(*groups, gpus=gpus, **parameters)
+
+
+def test_what_just_fits_is_accepted():
+    assert _plan(_gpu(count=10), gpus=1, gpu_fraction=0.1)[0].replicas == 10
+    (one,) = _plan(_gpu(count=5), gpus=1, gpu_fraction=1.0, enable_weight_sharing=True)
+    assert (one.replicas, one.instances, one.num_gpus) == (1, 5, 1.0)

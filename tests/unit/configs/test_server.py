@@ -1,0 +1,80 @@
+"""ServerSettings: defaults, environment, what is refused."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from pydantic import ValidationError
+
+from configs.server import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """The process's environment, given back as it was."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith(("MANTA_", "TORCH_", "CUDA_"))]:
+        del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_defaults_are_closed_and_bounded():
+    settings = ServerSettings()
+    assert settings.http_address == settings.grpc_address == settings.metrics_address == "127.0.0.1"
+    assert settings.model_repository == ("examples/model_repository",)
+    assert settings.model_control_mode == "none"
+    assert not settings.allow_insecure_cluster
+    assert settings.http_max_input_size_bytes == 1 << 26
+
+
+def test_every_field_is_described():
+    assert all(field.description for field in ServerSettings.model_fields.values())
+
+
+def test_paths_and_addresses_come_from_the_environment():
+    os.environ["MANTA_MODEL_REPOSITORY"] = os.pathsep.join(["/a", "", "b"])
+    os.environ["MANTA_GRPC_ADDRESS"] = "0.0.0.0"
+    os.environ["MANTA_HTTP_ADDRESS"] = ""
+    settings = ServerSettings()
+    assert settings.model_repository == ("/a", "b")
+    assert (settings.http_address, settings.grpc_address) == ("127.0.0.1", "0.0.0.0")
+    assert ServerSettings(model_repository=["c"]).model_repository == ("c",)
+
+
+def test_replicas_get_the_variables_of_torch_and_cuda():
+    os.environ.update(CUDA_LAUNCH_BLOCKING="1", CUDA_VISIBLE_DEVICES="0", TORCH_LOGS="all")
+    given = ServerSettings().environment
+    assert given["CUDA_LAUNCH_BLOCKING"] == "1" and given["TORCH_LOGS"] == "all"
+    assert "CUDA_VISIBLE_DEVICES" not in given and "PATH" not in given
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"modle_repository": ["x"]}, "Extra inputs"),
+        ({"model_repository": []}, "at least 1"),
+        ({"model_control_mode": "poll"}, "'poll' is not supported"),
+        ({"load_model": ["a"]}, "needs model_control_mode 'explicit'"),
+        ({"http_port": 65536}, "65535"),
+        ({"http_port": 9, "metrics_port": 9}, "http_port and metrics_port are both 9"),
+        ({"max_queue_s": float("inf")}, "finite"),
+        ({"gpu_fraction": 0}, "greater than 0"),
+        ({"listener": "haproxy"}, "listener"),
+    ],
+)
+def test_refused(given, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ServerSettings(**given)
+
+
+def test_ports_may_be_shared_with_what_is_off_and_chosen_by_the_system():
+    assert ServerSettings(http_port=8001, allow_grpc=False).http_port == 8001
+    assert ServerSettings(http_port=0, grpc_port=0, metrics_port=0).grpc_port == 0
+
+
+def test_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        ServerSettings().__setattr__("http_port", 1)

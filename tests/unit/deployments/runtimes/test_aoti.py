@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from configs.parameters import ModelParameters
+from deployments import runtimes
+from deployments.errors import InvalidArgument
+from deployments.runtimes import aoti
+from deployments.runtimes.callspec import parse_call_spec
+from tests import models
+from tests.models import config
+
+INPUTS = ["ARGS[0]", "ARGS[1]", "ARGS[2][keyA]", "ARGS[2][key2]", "KWARGS[kwarg1]"]
+OUTPUTS = {
+    "RESULT[AAA]": "OUTPUT__0",
+    "RESULT[BBB][0]": "OUTPUT__2",
+    "RESULT[BBB][1]": "OUTPUT__3",
+    "RESULT[CCC][keyA]": "OUTPUT__4",
+    "RESULT[CCC][key2]": "OUTPUT__5",
+    "RESULT[DDD][KA]": "OUTPUT__6",
+    "RESULT[DDD][KB]": "OUTPUT__7",
+    "RESULT[ZZZ]": "OUTPUT__1",
+}
+
+
+def load(path: Path, inputs, outputs, device: str = "cpu", **fields):
+    made = config(
+        {n: (16,) for n in inputs}, {n: (16,) for n in outputs}, platform="torch_aoti", **fields
+    )
+    return runtimes.load(path, made, ModelParameters(), device, "KIND_CPU")
+
+
+def tensors(rows: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return [torch.rand(rows, 16, generator=generator) for _ in range(6)]
+
+
+def direct(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In the order of OUTPUTS."""
+    h, v, key_a, key_2, kw1, kw2 = values
+    out = models.Seed()(h, v, {"keyA": key_a, "key2": key_2}, kwarg1=kw1, kw_arg2=kw2)
+    c, d = out["CCC"], out["DDD"]
+    return [out["AAA"], *out["BBB"], c["keyA"], c["key2"], d["KA"], d["KB"], out["ZZZ"]]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_the_seed_example(seed_package, rows):
+    """One row too: torch.export's own lower bound of two is not the client's business."""
+    values = tensors(rows)
+    got = load(seed_package, [*INPUTS, "KWARGS[kw_arg2]"], OUTPUTS).run(values)
+    for mine, theirs in zip(got, direct(values), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_ordinals_are_the_same_slots_and_mix(seed_package):
+    values = tensors(3)
+    inputs = ["INPUT__5", "ARGS[0]", "INPUT__1", "ARGS[2][keyA]", "INPUT__3", "KWARGS[kwarg1]"]
+    mixed = [ordinal if i % 2 else name for i, (name, ordinal) in enumerate(OUTPUTS.items())]
+    got = load(seed_package, inputs, mixed).run([values[5], *values[:5]])
+    for mine, theirs in zip(got, direct(values), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_names_outside_the_spec(seed_package):
+    with pytest.raises(ConfigError, match=r"'x__5' is not found .*KWARGS\[kwarg1\] \(INPUT__4\)"):
+        load(seed_package, [*INPUTS, "x__5"], OUTPUTS)
+    with pytest.raises(ConfigError, match="same input"):
+        load(seed_package, [*INPUTS, "INPUT__4"], OUTPUTS)
+    with pytest.raises(ConfigError, match=r"output\[0\].name: output 'RESULT\[BBB\]'"):
+        load(seed_package, [*INPUTS, "INPUT__5"], ["RESULT[BBB]"])
+    with pytest.raises(ConfigError, match="expects 5 inputs, model provides 6"):
+        load(seed_package, INPUTS, OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, 17),
+        torch.zeros(2, 16, dtype=torch.float64),
+        torch.zeros(2, 16, dtype=torch.int32),
+        torch.zeros(2, 1, 16),
+    ],
+)
+def test_what_does_not_fit_is_an_error_not_garbage(seed_package, wrong):
+    runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS)
+    values = tensors(2)
+    with pytest.raises(InvalidArgument, match=r"input 'ARGS\[1\]' does not fit"):
+        runtime.run([values[0], wrong, *values[2:]])
+
+
+def test_more_rows_than_it_was_compiled_for(seed_package):
+    runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS, max_batch_size=16)
+    with pytest.raises(InvalidArgument, match="too large"):
+        runtime.run(tensors(9))
+
+
+def test_package_for_another_device(seed_package):
+    with pytest.raises(ConfigError, match="compiled for cpu, and this instance runs on cuda"):
+        load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS, device="cuda:0")
+
+
+def test_a_leaf_that_is_no_tensor_is_a_load_error(seed_package):
+    """An int among the sample inputs is a leaf of the spec that the code does not take."""
+    runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS)
+    seven = spec([LEAF] * 7)
+    with pytest.raises(ConfigError, match="names 7 inputs and its code takes 6"):
+        aoti._check_slots(runtime._loader, seven)
+
+
+def test_other_archives_are_refused(tmp_path):
+    path = models.version_folder(tmp_path) / "model.pt2"
+    torch.export.save(torch.export.export(models.add_sub(), (torch.ones(4), torch.ones(4))), path)
+    with pytest.raises(ConfigError, match="torch.export.save, not an AOT Inductor package"):
+        load(path, ["INPUT__0"], ["OUTPUT__0"])
+    script = models.save_torchscript(models.add_sub(), tmp_path)
+    with pytest.raises(ConfigError, match='platform: "pytorch_libtorch"'):
+        load(script, ["INPUT__0"], ["OUTPUT__0"])
+    path.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="not readable as a .pt2 archive"):
+        load(path, ["INPUT__0"], ["OUTPUT__0"])
+
+
+def test_package_given_to_torchscript(seed_package):
+    with pytest.raises(ConfigError, match='set platform: "torch_aoti"'):
+        made = config({"INPUT__0": (16,)}, {"OUTPUT__0": (16,)})
+        runtimes.load(seed_package, made, ModelParameters(), "cpu", "KIND_CPU")
+
+
+# --- call specs that no package here has ---------------------------------------------------------
+
+LEAF = {"type": None, "context": None, "children_spec": []}
+
+
+def node(kind: str, *children, keys=None):
+    return {"type": kind, "context": json.dumps(keys), "children_spec": list(children)}
+
+
+def spec(arguments, keywords=None, result=LEAF):
+    keywords = keywords or node("builtins.dict", keys=[])
+    root = node("builtins.tuple", node("builtins.tuple", *arguments), keywords)
+    return parse_call_spec(json.dumps([1, root]), json.dumps([1, result]))
+
+
+def test_bare_and_one_element_results():
+    assert [s.name for s in spec([LEAF]).outputs or ()] == ["RESULT"]
+    one = spec([LEAF], result=node("builtins.tuple", LEAF))
+    assert [s.name for s in one.outputs or ()] == ["RESULT[0]"]
+
+
+def test_nested_keywords_keep_their_order():
+    inner = node("builtins.dict", LEAF, LEAF, keys=["z", "a"])
+    made = spec([LEAF], node("builtins.dict", inner, LEAF, keys=["k2", "k1"]))
+    assert [s.name for s in made.inputs or ()] == [
+        "ARGS[0]",
+        "KWARGS[k2][z]",
+        "KWARGS[k2][a]",
+        "KWARGS[k1]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "no positional input"),
+        ([node("builtins.list")], "empty list"),
+        ([node("collections.OrderedDict", LEAF, keys=["a"])], r"ARGS\[0\] is a collections.Ord"),
+        ([node("builtins.dict", LEAF, keys=["a b"])], "key 'a b'"),
+        ([node("builtins.dict", LEAF, keys=['a"'])], "key"),
+        ([node("builtins.dict", LEAF, keys=["a[0]"])], "key"),
+        ([node("builtins.dict", LEAF, keys=[""])], "key"),
+        ([node("builtins.dict", LEAF, keys=[1])], "not a string"),
+        ([node("builtins.dict", LEAF, keys=["a", "b"])], "2 keys and 1 values"),
+    ],
+)
+def test_structures_that_are_refused(arguments, text):
+    with pytest.raises(ConfigError, match="failed to parse input call spec: .*" + text):
+        spec(arguments)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[1, 2]", "{}"])
+def test_a_spec_that_is_none(text):
+    with pytest.raises(ConfigError, match="failed to parse input call spec"):
+        parse_call_spec(text, text)

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from types import SimpleNamespace
+
+import pytest
+
+from deployments.batcher import MemberResult
+from deployments.errors import (
+    QueueFull,
+    QueueTimeout,
+)
+
+from .gates import MS, Model, drive, make, submit
+from .virtual_time import settle
+
+
+@drive
+async def test_a_free_slot_starts_at_once_and_the_rest_fills_a_batch(clock):
+    gate, model, _ = make(clock)
+    futures = [submit(gate, n) for n in range(5)]
+    assert (gate.in_flight, gate.pending) == (1, 4)
+    await settle()
+    assert model.calls == [[0]]
+    model.finish()
+    await settle()
+    assert model.calls == [[0], [1, 2, 3, 4]]
+    assert futures[0].done() and not futures[1].done()
+    model.finish()
+    await settle()
+    assert all(isinstance(f.result(), MemberResult) for f in futures)
+    assert (gate.in_flight, gate.pending) == (0, 0)
+
+
+@drive
+async def test_each_slot_takes_a_batch_and_no_more(clock):
+    gate, model, _ = make(clock, slots=2)
+    [submit(gate, n) for n in range(4)]
+    await settle()
+    assert model.calls == [[0], [1]]
+    model.finish(1)
+    await settle()
+    assert model.calls == [[0], [1], [2, 3]]
+
+
+@drive
+async def test_a_held_batch_goes_when_the_delay_is_over(clock):
+    gate, model, _ = make(clock, delay_ns=5 * MS)
+    submit(gate, 0)
+    await asyncio.sleep(0.002)
+    submit(gate, 1)
+    assert model.calls == []
+    await asyncio.sleep(0.002)
+    assert model.calls == []
+    await asyncio.sleep(0.0011)
+    assert model.calls == [[0, 1]]
+
+
+@drive
+async def test_a_held_batch_goes_when_it_is_full(clock):
+    gate, model, _ = make(clock, delay_ns=5 * MS)
+    [submit(gate, n) for n in range(8)]
+    await settle()
+    assert clock() == 0
+    assert len(model.calls[0]) == 8
+
+
+@drive
+async def test_a_held_batch_does_not_wait_for_the_timer_of_the_expiry(clock):
+    gate, model, _ = make(clock, slots=0, delay_ns=5 * MS, max_queue_ns=60_000 * MS)
+    submit(gate, 0)  # no slot: only the expiry is timed
+    await asyncio.sleep(0.001)
+    gate.resize(1)
+    assert model.calls == []
+    await asyncio.sleep(0.0041)
+    assert model.calls == [[0]]
+
+
+@drive
+async def test_queue_time_is_from_arrival_to_release(clock):
+    gate, model, counters = make(clock)
+    futures = [submit(gate, n) for n in range(2)]
+    await asyncio.sleep(0.007)
+    model.finish()
+    await settle()
+    await asyncio.sleep(0.004)
+    model.finish()
+    await settle()
+    assert futures[0].result().queue_ns == 0
+    assert futures[1].result().queue_ns == pytest.approx(7 * MS, abs=10)
+    totals = counters.totals()
+    assert totals.queue_ns == pytest.approx(7 * MS, abs=10)
+    assert totals.success_ns == pytest.approx(18 * MS, abs=20)
+
+
+@drive
+async def test_a_full_queue_refuses_and_counts_nothing(clock):
+    gate, model, counters = make(clock, max_requests=2)
+    [submit(gate, n) for n in range(3)]
+    with pytest.raises(QueueFull) as refused:
+        submit(gate, 3)
+    assert str(refused.value) == "Exceeds maximum queue size: 2 requests wait for model 'm'"
+    assert counters.totals().fail == 0
+    await settle()
+    model.finish()
+    await settle()
+    submit(gate, 4)
+
+
+@drive
+async def test_without_slots_requests_wait_and_time_out(clock):
+    gate, model, counters = make(clock, slots=0, max_queue_ns=20 * MS)
+    first = submit(gate, 0)
+    await asyncio.sleep(0.015)
+    second = submit(gate, 1)
+    with pytest.raises(QueueTimeout):
+        await first
+    assert clock() == pytest.approx(20 * MS, abs=10)
+    assert gate.pending == 1
+    gate.resize(1)
+    await settle()
+    assert model.calls == [[1]]
+    model.finish()
+    await second
+    assert dict(counters.totals().failures) == {"REJECTED": 1}
+
+
+@drive
+async def test_requests_time_out_while_every_slot_is_busy(clock):
+    gate, model, _ = make(clock, max_queue_ns=20 * MS)
+    running = submit(gate, 0)
+    waiting = submit(gate, 1)
+    with pytest.raises(QueueTimeout):
+        await waiting
+    model.finish()
+    await running
+    assert model.calls == [[0]]
+
+
+@drive
+async def test_a_cancelled_request_never_runs(clock):
+    gate, model, counters = make(clock)
+    futures = [submit(gate, n) for n in range(4)]
+    futures[2].cancel()
+    await settle()
+    assert gate.pending == 2
+    model.finish()
+    await settle()
+    assert model.calls == [[0], [1, 3]]
+    model.finish()
+    await settle()
+    assert dict(counters.totals().failures) == {"CANCELED": 1}
+    assert counters.totals().success == 3
+
+
+@drive
+async def test_a_request_cancelled_in_the_tick_of_its_release_never_runs(clock):
+    gate, model, counters = make(clock, slots=0)
+    futures = [submit(gate, n) for n in range(3)]
+    futures[0].cancel()
+    gate.resize(1)  # before the loop has told the gate of the cancellation
+    await settle()
+    assert model.calls == [[1, 2]]
+    assert dict(counters.totals().failures) == {"CANCELED": 1}
+
+
+@drive
+async def test_a_request_cancelled_while_it_runs_leaves_its_mates_alone(clock):
+    gate, model, counters = make(clock, slots=0)
+    futures = [submit(gate, n) for n in range(8)]
+    gate.resize(1)
+    await settle()
+    futures[3].cancel()
+    await settle()
+    model.finish()
+    await settle()
+    assert sum(f.cancelled() for f in futures) == 1
+    assert sum(not f.cancelled() and f.exception() is None for f in futures) == 7
+    assert dict(counters.totals().failures) == {"CANCELED": 1}
+
+
+@drive
+async def test_a_cancellation_lets_the_rest_go_if_it_is_complete_now(clock):
+    gate, model, _ = make(clock, preferred=(5, 8), delay_ns=5 * MS)
+    futures = [submit(gate, n, rows) for n, rows in enumerate((2, 1, 3))]
+    await settle()
+    assert model.calls == []
+    futures[1].cancel()
+    await settle()
+    assert (model.calls, clock()) == ([[0, 2]], 0)
+
+
+@drive
+async def test_preserve_ordering_answers_in_arrival_order(clock):
+    gate, model, _ = make(clock, slots=3, max_rows=1, preferred=(1,), preserve_ordering=True)
+    futures = [submit(gate, n) for n in range(3)]
+    answered = []
+    for n, future in enumerate(futures):
+        future.add_done_callback(lambda _, n=n: answered.append(n))
+    await settle()
+    model.finish(2)
+    model.finish(1)
+    await settle()
+    assert answered == []
+    model.finish(0)
+    await settle()
+    assert answered == [0, 1, 2]
+
+
+@drive
+async def test_preserve_ordering_does_not_wait_for_those_who_left(clock):
+    gate, model, _ = make(clock, slots=1, max_rows=1, preferred=(1,), preserve_ordering=True)
+    futures = [submit(gate, n) for n in range(3)]
+    futures[1].cancel()
+    await settle()
+    model.finish()
+    await settle()
+    model.finish()
+    assert await futures[2]
+    assert not gate._ordered
+
+
+@drive
+async def test_without_preserve_ordering_the_faster_is_answered_first(clock):
+    gate, model, _ = make(clock, slots=2, max_rows=1, preferred=(1,))
+    futures = [submit(gate, n) for n in range(2)]
+    await settle()
+    model.finish(1)
+    await settle()
+    assert [f.done() for f in futures] == [False, True]
+
+
+@drive
+async def test_a_batch_does_not_see_the_context_of_a_client(clock):
+    secret = contextvars.ContextVar("secret", default="none")
+    seen = []
+    model = Model()
+
+    async def execute(group):
+        seen.append(secret.get())
+        return await model.execute(group)
+
+    gate, _, _ = make(clock, model=SimpleNamespace(execute=execute))
+    secret.set("client 1")
+    future = submit(gate, 0)
+    await settle()
+    model.finish()
+    await future
+    assert seen == ["none"]
+
+
+@drive
+async def test_a_client_that_disconnects_cancels_only_itself(clock):
+    gate, model, _ = make(clock)
+
+    async def client(number):
+        return await submit(gate, number)
+
+    clients = [asyncio.ensure_future(client(n)) for n in range(3)]
+    await settle()
+    clients[0].cancel()  # it started the batch that runs
+    clients[1].cancel()
+    await settle()
+    model.finish()
+    await settle()
+    assert model.calls == [[0], [2]]
+    model.finish()
+    assert await clients[2]

@@ -1,0 +1,265 @@
+"""Model repositories on disk: models, versions, files, paths that must not escape."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.model import ModelConfig, ModelOutput, VersionPolicy
+from deployments.errors import Internal, InvalidArgument, Unavailable
+from deployments.repository import DUPLICATE, Repository, check_model_name
+
+CONFIG = """platform: "pytorch_libtorch"
+input { name: "a" data_type: TYPE_FP32 dims: 4 }
+output { name: "b" data_type: TYPE_FP32 dims: 4 label_filename: "labels.txt" }
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def model(root):
+    return _model(root, "m", 1)
+
+
+def _model(root, name, *versions, config=CONFIG):
+    folder = root / name
+    folder.mkdir()
+    (folder / "config.pbtxt").write_text(config)
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    for version in versions:
+        (folder / str(version)).mkdir()
+        (folder / str(version) / "model.pt").write_bytes(b"weights")
+    return folder
+
+
+def test_scan_lists_models_and_versions(root, caplog):
+    _model(root, "b", 2, 10, 1)
+    _model(root, "a")
+    for name in ("01", "0", "latest", "configs", "9" * 30):
+        (root / "a" / name).mkdir()
+    (root / "a" / "7").write_text("a file")
+    (root / ".git").mkdir()
+    (root / "README.md").write_text("")
+    with caplog.at_level(logging.WARNING, "manta.repository"):
+        a, b = Repository([root]).scan()
+    assert (a.name, a.versions, a.error) == ("a", (), "")
+    assert (b.name, b.versions, b.path) == ("b", (1, 2, 10), str(root / "b"))
+    assert sorted(r.args[1] for r in caplog.records) == ["0", "01", "9" * 30, "latest"]
+
+
+def test_the_same_model_in_two_repositories(root, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    _model(root, "m", 1)
+    _model(other, "m", 1)
+    _model(other, "n", 1)
+    m, n = Repository([root, other]).scan()
+    assert m.error == DUPLICATE == "model appears in two or more repositories"
+    assert m.versions == ()
+    assert n.error == "" and Repository([root, other]).find("n") == n
+
+
+def test_find(root, model):
+    repository = Repository([root])
+    assert repository.find("m").versions == (1,)
+    assert repository.contains("m") and not repository.contains("x")
+    with pytest.raises(
+        Internal, match="^failed to load 'x', failed to poll from model repository$"
+    ):
+        repository.find("x")
+    with pytest.raises(InvalidArgument):
+        repository.find("../models/m")
+
+
+def test_a_repository_that_is_not_there(tmp_path):
+    repository = Repository([tmp_path / "gone"])
+    with pytest.raises(ConfigError, match="gone' is not a directory"):
+        repository.check()
+    with pytest.raises(Internal) as caught:
+        repository.scan()
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model123", "model.version1", "...", "..my_model", "model..1", "größe", "a-b_c"]
+)
+def test_good_names(name):
+    check_model_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "cannot be empty"),
+        (" ", "cannot be empty"),
+        *(
+            (name, "must not contain path traversal characters")
+            for name in ("..", ".", "../x", "a/../b", "../../etc/passwd", "m/..", "/etc/passwd",
+                         "m/sub", "m/", " ..", ".. ", "a\\b")
+        ),
+        *((name, "must consist of") for name in ("%2e%2e%2f", "a\0b", "a\r\nb", "a b", "a\n")),
+        ("x" * 256, "longer than 255 bytes"),
+    ],
+)  # fmt: skip
+def test_bad_names(name, reason):
+    with pytest.raises(InvalidArgument, match=reason):
+        check_model_name(name)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (None, (4,)),
+        (VersionPolicy(latest=2), (3, 4)),
+        (VersionPolicy(latest=9), (1, 3, 4)),
+        (VersionPolicy(all=True), (1, 3, 4)),
+        (VersionPolicy(specific=(3, 1)), (1, 3)),
+    ],
+)
+def test_version_policy(policy, expected):
+    config = ModelConfig(name="m", version_policy=policy)
+    assert Repository([]).select_versions(config, (1, 3, 4)) == (expected, {})
+
+
+def test_versions_that_are_not_there():
+    select = Repository([]).select_versions
+    policy = VersionPolicy(specific=(1, 7))
+    assert select(ModelConfig(name="m", version_policy=policy), (1,)) == (
+        (1,),
+        {7: "unable to find 'm/7' for model 'm' version 7"},
+    )
+    for given in (None, VersionPolicy(all=True)):
+        with pytest.raises(ConfigError, match="at least one version must be available .* 'm'"):
+            select(ModelConfig(name="m", version_policy=given), ())
+
+
+def test_reads_the_configuration(root, model):
+    repository = Repository([root])
+    found = repository.find("m")
+    assert repository.read_config(found).name == "m"
+    (model / "config.pbtxt").write_text(CONFIG.replace("TYPE_FP32", "TYPE_FP33", 1))
+    with pytest.raises(ConfigError, match=r"^m/config.pbtxt:2: input\[0\].data_type: "):
+        repository.read_config(found)
+    (model / "config.pbtxt").write_bytes(b"name: 'm'\n\xff")
+    with pytest.raises(ConfigError, match="^m/config.pbtxt:2: the file is not UTF-8 text"):
+        repository.read_config(found)
+    (model / "config.pbtxt").write_bytes(b"#" * (5 << 20))
+    with pytest.raises(ConfigError, match="^m/config.pbtxt: the file is larger than"):
+        repository.read_config(found)
+
+
+def test_a_missing_configuration_says_what_is_there_and_what_is_missing(root, model):
+    (model / "config.pbtxt").unlink()
+    repository = Repository([root])
+    with pytest.raises(ConfigError) as caught:
+        repository.read_config(repository.find("m"))
+    assert str(caught.value) == (
+        "m/config.pbtxt: the file is missing: version 1 has model.pt; "
+        "model configuration must contain at least one input, none were specified"
+    )
+
+
+def test_later_errors_are_told_their_line(root, model):
+    repository = Repository([root])
+    error = repository.explain(repository.find("m"), ConfigError("no", field="output[0].dims"))
+    assert str(error) == "m/config.pbtxt:3: output[0].dims: no"
+
+
+def test_files_and_artifact(root, model):
+    repository = Repository([root])
+    found = repository.find("m")
+    config = repository.read_config(found)
+    (model / "1" / "model.py").mkdir()
+    assert repository.version_files(found, 1) == ("model.pt",)
+    assert repository.artifact(found, 1, config) == model / "1" / "model.pt"
+    with pytest.raises(Unavailable, match="^unable to find 'm/9' for model 'm' version 9$"):
+        repository.version_files(found, 9)
+    missing = config.model_copy(update={"default_model_filename": "net.pt"})
+    with pytest.raises(Unavailable) as caught:
+        repository.artifact(found, 1, missing)
+    assert str(caught.value) == "unable to find 'm/1/net.pt' for model 'm' version 1"
+
+
+def test_sniffing_looks_at_the_first_version_by_name(root):
+    folder = _model(root, "m", 2, 10)
+    (folder / "10" / "model.pt2").write_text("")
+    repository = Repository([root])
+    assert repository.first_files(repository.find("m")) == ("model.pt", "model.pt2")
+
+
+def test_labels(root, model):
+    repository = Repository([root])
+    found = repository.find("m")
+    config = repository.read_config(found)
+    assert repository.labels(found, config) == {"b": ("cat", "dog")}
+    (model / "labels.txt").unlink()
+    with pytest.raises(ConfigError) as caught:
+        repository.labels(found, config)
+    assert "output[0].label_filename: unable to find 'm/labels.txt'" in str(caught.value)
+
+
+def test_content_hash_follows_what_is_served(root, model):
+    repository = Repository([root])
+    found = repository.find("m")
+    config = repository.read_config(found)
+    seen = {repository.content_hash(found, 1, config)}
+    (model / "1" / "__pycache__").mkdir()
+    (model / "1" / "__pycache__" / "model.pyc").write_text("x")
+    (model / "2").mkdir()
+    assert repository.content_hash(found, 1, config) in seen
+    for file in ("1/model.pt", "labels.txt", "config.pbtxt", "1/extra"):
+        (model / file).write_text(file)
+        seen.add(repository.content_hash(found, 1, config))
+    (model / "1" / "sub").mkdir()
+    (model / "1" / "extra").rename(model / "1" / "sub" / "extra")
+    seen.add(repository.content_hash(found, 1, config))
+    assert len(seen) == 6
+
+
+def test_links_inside_the_repository_are_followed(root, model):
+    (root / ".data").mkdir()
+    (model / "1" / "model.pt").rename(root / ".data" / "blob")
+    (model / "1" / "model.pt").symlink_to("../../.data/blob")
+    repository = Repository([root])
+    (found,) = repository.scan()
+    config = repository.read_config(found)
+    artifact = repository.artifact(found, 1, config)
+    assert artifact == model / "1" / "model.pt"
+    assert artifact.read_bytes() == b"weights"
+
+
+def test_links_out_of_the_repository_are_refused(root, model, tmp_path):
+    outside = tmp_path / "outside"
+    (outside / "1").mkdir(parents=True)
+    (outside / "secret").write_text("secret")
+    repository = Repository([root])
+    found = repository.find("m")
+    config = repository.read_config(found)
+
+    (model / "labels.txt").unlink()
+    (model / "labels.txt").symlink_to(outside / "secret")
+    (model / "1" / "model.pt").unlink()
+    (model / "1" / "model.pt").symlink_to(outside / "secret")
+    (model / "3").symlink_to(outside / "1")
+    (root / "linked").symlink_to(outside)
+    attempts = [
+        lambda: repository.labels(found, config),
+        lambda: repository.artifact(found, 1, config),
+        lambda: repository.content_hash(found, 1, config),
+        lambda: repository.version_files(found, 3),
+        lambda: repository.labels(
+            found, ModelConfig(output=(ModelOutput(name="b", label_filename="../../x"),))
+        ),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ConfigError, match=r"^'m/.*' leads out of the model repository$"):
+            attempt()
+    assert repository.find("linked").error == "'linked' leads out of the model repository"
