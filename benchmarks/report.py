@@ -77,6 +77,15 @@ def ratios(mode: Mode, connections: int) -> list[float]:
     return [run.throughput / base[run.round] for run in pairs if run.round in base]
 
 
+def ratio_alone(result: dict[str, Any], mode: Mode) -> float | None:
+    """Median throughput at 64 connections over the baseline's, measured with nothing else up."""
+    runs = mode.select("manta", 64)
+    if not runs:
+        return None
+    alone = result["baseline_executors"][result["baseline_executor"]]
+    return statistics.median(run.throughput for run in runs) / float(alone)
+
+
 def mean_batch(runs: Iterable[Run]) -> float | None:
     """Rows per execution, over all the runs that have counters."""
     counted = [run.counters for run in runs if run.counters is not None]
@@ -153,7 +162,8 @@ def markdown(result: dict[str, Any], modes: Sequence[Mode]) -> str:
     lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + "."]
     lines += ["Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + "."]
     tried = ", ".join(f"{k} {v:,.0f}/s" for k, v in result["baseline_executors"].items())
-    lines += [f"Baseline: model on the {result['baseline_executor']} (tried: {tried}).", ""]
+    lines += [f"Baseline: model on the {result['baseline_executor']}; alone on the machine, at 64"]
+    lines += [f"connections, before the server was started: {tried}.", ""]
     counts = sorted({run.connections for mode in modes for run in mode.runs}, reverse=True)
     rows = [row for count in counts for mode in modes for row in speed_rows(mode, count)]
     lines += [table(SPEED, rows), "", "Medians over the rounds, the range in brackets.", ""]
@@ -162,7 +172,12 @@ def markdown(result: dict[str, Any], modes: Sequence[Mode]) -> str:
             continue
         errors = ", ".join(f"{server} {error:.1e}" for server, error in mode.errors.items())
         lines += [f"## batching: {mode.name}", "", f"Largest error against torch: {errors}."]
-        lines += [f"Exit code after SIGTERM: {mode.exit_code}.", ""]
+        lines += [f"Exit code after SIGTERM: {mode.exit_code}."]
+        if (alone := ratio_alone(result, mode)) is not None:
+            lines += [
+                f"Throughput at 64 connections over that of the baseline alone: {alone:.2f} x."
+            ]
+        lines += [""]
         parts = breakdown(mode.select("manta", 1), result["direct_call_us"])
         if parts is not None:
             shown = [[name, f"{value:,.0f}"] for name, value in parts.items()]
@@ -186,5 +201,6 @@ def collect(result: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]:
             for count in counts
         }
         parts = breakdown(mode.select("manta", 1), result["direct_call_us"])
-        entries.append(asdict(mode) | {"summary": summary, "breakdown_us": parts})
+        figures = {"breakdown_us": parts, "ratio_alone": ratio_alone(result, mode)}
+        entries.append(asdict(mode) | {"summary": summary} | figures)
     return result | {"modes": entries}

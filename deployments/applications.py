@@ -114,7 +114,7 @@ def is_deleting(name: str) -> bool:
 
 
 def has_replicas(name: str, deployment: str) -> bool:
-    """Whether any replica's actor is still there. Serve's status forgets those that are stopping."""
+    """Whether any replica's actor still lives; Serve's status forgets those that are stopping."""
     prefix = f"SERVE_REPLICA::{name}#{deployment}#"
     actors = ray.util.list_named_actors(all_namespaces=True)
     return any(actor["name"].startswith(prefix) for actor in actors)

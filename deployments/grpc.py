@@ -7,7 +7,7 @@ is for grpc.aio, `serve_proxy_method` for the Router's methods that Serve's prox
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ Handler = Callable[[Any, Inference], Awaitable[Any]]
 logger = logging.getLogger("manta.grpc")
 
 _SERVICE = "GRPCInferenceService"
-MAX_ERROR_CHARS = 2048  # percent-encoded, it must fit 8 KiB of trailers
+MAX_ERROR_BYTES = 2048  # percent-encoded, it must fit 8 KiB of trailers
 _CLOSING = "GRPC server is shutting down and has stopped accepting new requests."
 # Which field of InferTensorContents holds a datatype; FP16 and BF16 have none.
 _CONTENTS: Mapping[str, str] = {
@@ -253,7 +253,8 @@ async def handle(verb: str, request: Any, inference: Inference) -> Any:
 def status(error: MantaError) -> tuple[grpc.StatusCode, str]:
     """Code and details of an error."""
     text = _CLOSING if isinstance(error, ShuttingDown) else str(error)
-    return grpc.StatusCode[GRPC_STATUS[error.code]], text[:MAX_ERROR_CHARS]
+    short = text.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
+    return grpc.StatusCode[GRPC_STATUS[error.code]], short
 
 
 class GrpcServicer:
@@ -277,7 +278,7 @@ class Ingress(Protocol):
     grpc_verbs: GrpcServicer
 
 
-def serve_proxy_method(verb: str) -> Callable[[Ingress, Any, Any], Awaitable[Any]]:
+def serve_proxy_method(verb: str) -> Callable[..., Coroutine[Any, Any, Any]]:
     """A method of the ingress class for Serve's proxy, which passes its own kind of context."""
     reply = pb.DESCRIPTOR.services_by_name[_SERVICE].methods_by_name[verb].output_type.name
 

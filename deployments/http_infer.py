@@ -131,7 +131,7 @@ def decode(
         _input(entry, binary, config.name, settings)
         for entry in _listed(document, "inputs", settings)
     )
-    binary.check_empty()
+    pass
     return InferRequest(
         model_name=config.name,
         model_version=version,
@@ -193,7 +193,6 @@ def _input(entry: dict[str, Any], binary: _Binary, model: str, settings: ServerS
     parameters = member(entry, "parameters", dict, {})
     refuse_shared_memory(parameters)
     rank = settings.max_tensor_rank
-    size = tensors.byte_count(name, datatype, shape, rank)
     binary_bytes = parameters.get("binary_data_size")
     if binary_bytes is not None:
         if type(binary_bytes) is not int or binary_bytes < 0:
@@ -206,6 +205,7 @@ def _input(entry: dict[str, Any], binary: _Binary, model: str, settings: ServerS
         return tensors.from_binary(name, datatype, shape, view, model, rank)
     if "data" not in entry and 0 not in shape:
         raise InvalidArgument(f"must specify 'data' or 'binary_data_size' for input '{name}'")
+    size = tensors.byte_count(name, datatype, shape, rank)
     check_size(f"byte size of input '{name}'", size, settings)
     data = entry.get("data")
     return tensors.from_json(name, datatype, shape, data, rank, settings.max_json_depth)

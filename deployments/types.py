@@ -77,7 +77,8 @@ class Batch:
 
     `rows[k]` is the batch size of member k (1 for a model without a batch dimension).
     `inputs[i][k]` is member k's array for config input i, in the model's view (reshape applied),
-    or None where an optional input is absent. `outputs` names the config outputs that some member wants.
+    or None where an optional input is absent. `outputs` names the config outputs that some member
+    wants.
     """
 
     rows: tuple[int, ...]

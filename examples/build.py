@@ -172,9 +172,10 @@ def load_encoder() -> Encoder:
     folder = minilm_folder()
     if folder is None:
         raise BuildError(f"the weights of MiniLM are not installed: {EXTRA}")
-    encoder = Encoder()
+    with torch.device("meta"):  # no time and memory for weights that are replaced at once
+        encoder = Encoder()
     tensors = read_safetensors(folder / "model.safetensors")
-    encoder.load_state_dict(rename(tensors, len(encoder.layers)))
+    encoder.load_state_dict(rename(tensors, len(encoder.layers)), assign=True)
     return encoder.eval()
 
 

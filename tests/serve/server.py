@@ -170,14 +170,14 @@ class Server:
                         return word.partition("=")[2]
         raise RuntimeError("no Ray process knows its address")
 
-    def signal(self, number: int = signal.SIGTERM) -> None:
+    def send(self, number: int) -> None:
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit code. Leaves no process: what is still there is a failure of the server."""
         family = self.descendants()
         if self.process.poll() is None:
-            self.signal(number)
+            self.send(number)
         code = self.process.wait(END_S)
         _, alive = psutil.wait_procs(family, timeout=15)
         assert not alive, f"left behind: {[p.info for p in alive]}"

@@ -79,6 +79,7 @@ def test_page_and_json_hold_the_figures(mode: Mode):
         "| manta, batching: direct | 64 | 120 (90 to 300) | 1.20 x (0.90 to 1.50) | 16.0 |" in page
     )
     assert "| Router | 120 | 80 |" in page
+    assert "over that of the baseline alone: 1.20 x." in page
     collected = json.loads(json.dumps(report.collect(result, [mode])))
     assert collected["modes"][0]["summary"]["64"]["ratio"] == 1.2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -30,7 +31,7 @@ class LocalGate:
     def __init__(self, config, model):
         self.config, self.model = config, model
         self.submitted, self.cancelled = [], 0
-        self.hold = None
+        self.hold: list | None = None
 
     def submit(self, rows, key, inputs, outputs):
         self.submitted.append(SimpleNamespace(rows=rows, key=key, inputs=inputs, outputs=outputs))
@@ -174,10 +175,8 @@ def models():
         ),
         transpose,
     )
-    one = [tensor("X", fp32, (1,))], [tensor("Y", fp32, (1,))]
-    yield config("failing", *one), fail
-    yield config("crashing", *one), crash
-    yield config("full", *one), QueueFull
+    for name, model in (("failing", fail), ("crashing", crash), ("full", QueueFull)):
+        yield config(name, [tensor("X", fp32, (1,))], [tensor("Y", fp32, (1,))]), model
 
 
 class Controller:
@@ -199,7 +198,7 @@ class Server:
         self.settings = ServerSettings(model_repository=("m",), **settings)
         self.directory, self.controller = Directory(), Controller()
         self.inference = Inference(self.directory, self.controller, self.settings)
-        self.http = HttpApp(self.inference, self.settings)
+        self.http: Any = HttpApp(self.inference, self.settings)
         self.gates = {each.name: LocalGate(each, model) for each, model in models()}
         self.versions = [self.version(name) for name in self.gates]
         self.publish()

@@ -15,7 +15,6 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments.errors import ExecutionFailed, InvalidArgument, ShuttingDown
 from deployments.instance import FatalDeviceError, Instance
-from deployments.runtimes import faults
 from deployments.types import Batch, BatchReply
 from deployments.weights import WeightCache
 from tests import models
@@ -198,21 +197,6 @@ def test_a_lost_device_is_fatal_and_stays_so(start):
         with pytest.raises(FatalDeviceError, match="illegal memory access"):
             instance.run(batch_of(row(1, 2, 3, 4), row(1, 2, 3, 4)))
     assert instance.progress().state == "stopped"
-
-
-@pytest.mark.parametrize(
-    ("text", "fatal"),
-    [
-        ("CUDA error: device-side assert triggered", True),
-        ("CUDA error: unspecified launch failure", True),
-        ("CUDA error: uncorrectable ECC error encountered", True),
-        ("CUDA error: invalid configuration argument", False),
-        ("CUDA out of memory. Tried to allocate 2 GiB", False),
-        ("mat1 and mat2 shapes cannot be multiplied", False),
-    ],
-)
-def test_which_errors_are_fatal(text, fatal):
-    assert faults.is_fatal(RuntimeError(text)) is fatal
 
 
 def test_error_texts_are_clean_and_short(start):

@@ -146,7 +146,7 @@ def test_json_elements_have_the_right_type_and_range(datatype, data, error):
 )
 def test_json_values_survive(datatype, data):
     tensor = tensors.from_json("x", datatype, (2,), data)
-    assert tensors.to_json_data(tensor).tolist() == data
+    assert list(tensors.to_json_data(tensor)) == data
 
 
 def test_json_count_must_match():
@@ -163,7 +163,7 @@ def test_json_count_must_match():
 @pytest.mark.parametrize("beside", [[], [1.0]])
 def test_nesting_is_bounded(beside):
     def nested(depth):
-        data = [1.0]
+        data: list = [1.0]
         for _ in range(depth - 1):
             data = [data, *beside]
         return data

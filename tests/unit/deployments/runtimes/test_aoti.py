@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from configs.parameters import ModelParameters
 from deployments import runtimes
 from deployments.errors import InvalidArgument
 from deployments.runtimes import aoti
-from deployments.runtimes.callspec import parse_call_spec
+from deployments.signature import Signature, Slot
 from tests import models
 from tests.models import config
 
@@ -107,7 +106,7 @@ def test_package_for_another_device(seed_package):
 def test_a_leaf_that_is_no_tensor_is_a_load_error(seed_package):
     """An int among the sample inputs is a leaf of the spec that the code does not take."""
     runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS)
-    seven = spec([LEAF] * 7)
+    seven = Signature(tuple(Slot(i, f"INPUT__{i}") for i in range(7)), closed=True)
     with pytest.raises(ConfigError, match="names 7 inputs and its code takes 6"):
         aoti._check_slots(runtime._loader, seven)
 
@@ -129,60 +128,3 @@ def test_package_given_to_torchscript(seed_package):
     with pytest.raises(ConfigError, match='set platform: "torch_aoti"'):
         made = config({"INPUT__0": (16,)}, {"OUTPUT__0": (16,)})
         runtimes.load(seed_package, made, ModelParameters(), "cpu", "KIND_CPU")
-
-
-# --- call specs that no package here has ---------------------------------------------------------
-
-LEAF = {"type": None, "context": None, "children_spec": []}
-
-
-def node(kind: str, *children, keys=None):
-    return {"type": kind, "context": json.dumps(keys), "children_spec": list(children)}
-
-
-def spec(arguments, keywords=None, result=LEAF):
-    keywords = keywords or node("builtins.dict", keys=[])
-    root = node("builtins.tuple", node("builtins.tuple", *arguments), keywords)
-    return parse_call_spec(json.dumps([1, root]), json.dumps([1, result]))
-
-
-def test_bare_and_one_element_results():
-    assert [s.name for s in spec([LEAF]).outputs or ()] == ["RESULT"]
-    one = spec([LEAF], result=node("builtins.tuple", LEAF))
-    assert [s.name for s in one.outputs or ()] == ["RESULT[0]"]
-
-
-def test_nested_keywords_keep_their_order():
-    inner = node("builtins.dict", LEAF, LEAF, keys=["z", "a"])
-    made = spec([LEAF], node("builtins.dict", inner, LEAF, keys=["k2", "k1"]))
-    assert [s.name for s in made.inputs or ()] == [
-        "ARGS[0]",
-        "KWARGS[k2][z]",
-        "KWARGS[k2][a]",
-        "KWARGS[k1]",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ([], "no positional input"),
-        ([node("builtins.list")], "empty list"),
-        ([node("collections.OrderedDict", LEAF, keys=["a"])], r"ARGS\[0\] is a collections.Ord"),
-        ([node("builtins.dict", LEAF, keys=["a b"])], "key 'a b'"),
-        ([node("builtins.dict", LEAF, keys=['a"'])], "key"),
-        ([node("builtins.dict", LEAF, keys=["a[0]"])], "key"),
-        ([node("builtins.dict", LEAF, keys=[""])], "key"),
-        ([node("builtins.dict", LEAF, keys=[1])], "not a string"),
-        ([node("builtins.dict", LEAF, keys=["a", "b"])], "2 keys and 1 values"),
-    ],
-)
-def test_structures_that_are_refused(arguments, text):
-    with pytest.raises(ConfigError, match="failed to parse input call spec: .*" + text):
-        spec(arguments)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "[1, 2]", "{}"])
-def test_a_spec_that_is_none(text):
-    with pytest.raises(ConfigError, match="failed to parse input call spec"):
-        parse_call_spec(text, text)

@@ -86,7 +86,7 @@ class Trap:
 def test_pickled_module_is_refused_and_not_unpickled(tmp_path, zipped):
     path = models.version_folder(tmp_path) / "model.pt"
     module = models.add_sub()
-    module.trap = Trap()
+    module.__dict__["trap"] = Trap()
     torch.save(module, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ConfigError, match="pickled module.*torch.jit.script") as caught:
         load(path, config({"a": (4,), "b": (4,)}, {"O": (4,)}))

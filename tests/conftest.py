@@ -1,4 +1,4 @@
-"""The one AOTI package of the unit tests, compiled once and kept in pytest's cache."""
+"""The one AOTI package of the tests, compiled once and kept in pytest's cache."""
 
 from __future__ import annotations
 

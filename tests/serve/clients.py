@@ -1,0 +1,69 @@
+"""Requests through stock tritonclient, the same for HTTP and gRPC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc.aio as grpcaio
+import tritonclient.http.aio as httpaio
+from tritonclient.utils import np_to_triton_dtype
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def inputs(module: Any, arrays: Arrays) -> list[Any]:
+    made = []
+    for name, array in arrays.items():
+        one = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        one.set_data_from_numpy(array)
+        made.append(one)
+    return made
+
+
+def module_of(client: Any) -> Any:
+    """tritonclient.http or .grpc, sync or aio, by the client at hand."""
+    import tritonclient.grpc as grpcclient
+    import tritonclient.http as httpclient
+
+    return httpclient if "http" in type(client).__module__ else grpcclient
+
+
+def infer(client: Any, model: str, arrays: Arrays, **options: Any) -> Any:
+    return client.infer(model, inputs(module_of(client), arrays), **options)
+
+
+async def infer_aio(client: Any, model: str, arrays: Arrays, **options: Any) -> Any:
+    return await client.infer(model, inputs(module_of(client), arrays), **options)
+
+
+def aio_client(server: Any, protocol: str) -> Any:
+    if protocol == "http":
+        return httpaio.InferenceServerClient(server.http, conn_limit=256)
+    return grpcaio.InferenceServerClient(server.grpc)
+
+
+def statistics(client: Any, model: str) -> dict[str, int]:
+    """Counters of one model: inference_count, execution_count, success, fail."""
+    reply = client.get_inference_statistics(model)
+    if not isinstance(reply, dict):
+        one = reply.model_stats[0]
+        return {
+            "inference_count": one.inference_count,
+            "execution_count": one.execution_count,
+            "success": one.inference_stats.success.count,
+            "fail": one.inference_stats.fail.count,
+        }
+    one = reply["model_stats"][0]
+    stats = one["inference_stats"]
+    return {
+        "inference_count": one["inference_count"],
+        "execution_count": one["execution_count"],
+        "success": stats["success"]["count"],
+        "fail": stats["fail"]["count"],
+    }
+
+
+def rows(count: int, width: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
