@@ -174,9 +174,7 @@ def markdown(result: dict[str, Any], modes: Sequence[Mode]) -> str:
         lines += [f"## batching: {mode.name}", "", f"Largest error against torch: {errors}."]
         lines += [f"Exit code after SIGTERM: {mode.exit_code}."]
         if (alone := ratio_alone(result, mode)) is not None:
-            lines += [
-                f"Throughput at 64 connections over that of the baseline alone: {alone:.2f} x."
-            ]
+            lines += [f"Throughput at 64, over that of the baseline alone: {alone:.2f} x."]
         lines += [""]
         parts = breakdown(mode.select("manta", 1), result["direct_call_us"])
         if parts is not None:

@@ -131,7 +131,7 @@ def decode(
         _input(entry, binary, config.name, settings)
         for entry in _listed(document, "inputs", settings)
     )
-    pass
+    binary.check_empty()
     return InferRequest(
         model_name=config.name,
         model_version=version,

@@ -137,7 +137,9 @@ def build_broken(root: Path) -> None:
     write_config(root, "pickled", MLP)
     torch.save(mlp(), models.version_folder(root, "pickled") / "model.pt")
     models.save_torchscript(models.add_sub(), root, "bad_name")
-    unresolved = config([tensor("a", "4"), tensor("z", "4")], [tensor("OUTPUT__7", "4")])
+    unresolved = config(
+        [tensor("INPUT__0", "4"), tensor("INPUT__7", "4")], [tensor("OUTPUT__0", "4")]
+    )
     write_config(root, "bad_name", unresolved)
 
 

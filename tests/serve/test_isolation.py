@@ -1,0 +1,100 @@
+"""One bad request in a batch of eight hurts nobody else (design: One bad request)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from tests.serve.clients import aio_client, infer_aio, rows, statistics
+from tests.serve.server import Server
+
+# `picky` holds a partial batch back for up to 3 s: eight rows at once are one batch.
+EIGHT = np.abs(rows(8, 2)) + 1
+
+
+def eight(server: Server, protocol: str, spoilt: dict[int, Any]) -> list[Any]:
+    """Eight requests at once; `spoilt` replaces the tensor of some."""
+
+    async def run() -> list[Any]:
+        async with aio_client(server, protocol) as client:
+            calls = [
+                infer_aio(client, "picky", {"x": spoilt.get(i, EIGHT[i : i + 1])}) for i in range(8)
+            ]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def check_others(replies: list[Any], spoilt: set[int]) -> None:
+    for i, reply in enumerate(replies):
+        if i not in spoilt:
+            assert np.array_equal(reply.as_numpy("OUTPUT__0"), EIGHT[i : i + 1] * 2)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_eight_good_requests_are_one_execution(server: Server, http: Any, protocol: str) -> None:
+    """The control: without a culprit the eight run as one batch."""
+    before = statistics(http, "picky")
+    check_others(eight(server, protocol, {}), set())
+    after = statistics(http, "picky")
+    assert after["execution_count"] - before["execution_count"] == 1
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_model_exception_fails_only_the_culprit(server: Server, http: Any, protocol: str) -> None:
+    before = statistics(http, "picky")
+    replies = eight(server, protocol, {3: -EIGHT[3:4]})
+    assert isinstance(replies[3], InferenceServerException)
+    assert "negative value" in replies[3].message()
+    check_others(replies, {3})
+    after = statistics(http, "picky")
+    assert after["success"] - before["success"] == 7
+    assert after["fail"] - before["fail"] == 1
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_bad_row_is_refused_before_it_is_queued(server: Server, protocol: str) -> None:
+    replies = eight(server, protocol, {5: rows(1, 3)})
+    assert isinstance(replies[5], InferenceServerException)
+    assert "unexpected shape" in replies[5].message()
+    check_others(replies, {5})
+
+
+def test_a_client_that_leaves_takes_nobody_along(server: Server, http: Any) -> None:
+    before = statistics(http, "picky")
+    x = EIGHT[:1].tolist()
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": x[0]}]}
+
+    async def run() -> list[Any]:
+        async with httpx.AsyncClient() as leaver, aio_client(server, "http") as client:
+            url = f"http://{server.http}/v2/models/picky/infer"
+            leaving = asyncio.create_task(leaver.post(url, json=body))
+            await asyncio.sleep(0.3)  # it waits in the queue, held back for more rows
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            await asyncio.sleep(0.3)
+            calls = [infer_aio(client, "picky", {"x": EIGHT[i : i + 1]}) for i in range(7)]
+            return await asyncio.gather(*calls)
+
+    check_others([*asyncio.run(run()), None], {7})
+    after = statistics(http, "picky")
+    assert after["inference_count"] - before["inference_count"] == 7
+    assert after["fail"] - before["fail"] == 1
+
+
+def test_a_grpc_deadline_withdraws_what_waits(server: Server, http: Any, grpc: Any) -> None:
+    before = statistics(http, "picky")
+
+    async def run() -> None:
+        async with aio_client(server, "grpc") as client:
+            with pytest.raises(InferenceServerException, match="Deadline"):
+                await infer_aio(client, "picky", {"x": EIGHT[:1]}, client_timeout=0.3)
+
+    asyncio.run(run())
+    after = statistics(http, "picky")
+    assert after["execution_count"] == before["execution_count"]

@@ -1,0 +1,126 @@
+"""Explicit control: load, unload, reload under load; a failed reload leaves the old one serving."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tritonclient.utils import InferenceServerException
+
+from tests import models
+from tests.serve import repository
+from tests.serve.clients import infer, rows
+from tests.serve.server import Server, wait_for
+
+X = rows(1, 2)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+@pytest.fixture
+def spare(models_root: Path, http: Any) -> Iterator[Path]:
+    """The directory of a model that nobody else uses; put back and unloaded afterwards."""
+    folder = models_root / "spare"
+    kept = models_root.parent / "spare_kept"
+    shutil.copytree(folder, kept)
+    yield folder
+    http.unload_model("spare")
+    shutil.rmtree(folder)
+    shutil.move(kept, folder)
+
+
+def state(http: Any, name: str) -> dict[str, str]:
+    entries = [e for e in http.get_model_repository_index() if e["name"] == name]
+    return dict(entries[-1])
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_load_and_unload(
+    request: pytest.FixtureRequest, spare: Path, http: Any, protocol: str
+) -> None:
+    client = request.getfixturevalue(protocol)
+    client.load_model("spare")
+    assert client.is_model_ready("spare")
+    assert np.array_equal(infer(client, "spare", {"x": X}).as_numpy("OUTPUT__0"), X)
+    client.unload_model("spare")
+    with pytest.raises(InferenceServerException, match="no available versions|not at ready"):
+        infer(client, "spare", {"x": X})
+    wait_for(lambda: state(http, "spare").get("reason") == "unloaded", 30, "spare is unloaded")
+
+
+def test_loading_what_is_not_there(http: Any, grpc: Any) -> None:
+    for client in (http, grpc):
+        with pytest.raises(InferenceServerException, match="failed to poll from model repository"):
+            client.load_model("nowhere")
+        for name in ("../mlp", "..", "a/b", " "):
+            with pytest.raises(InferenceServerException):
+                client.load_model(name)
+        with pytest.raises(InferenceServerException, match="torch.save"):
+            client.load_model("pickled")
+    assert http.is_server_ready()
+
+
+def test_reload_swaps_without_a_lost_request_and_a_bad_one_keeps_the_old(
+    server: Server, spare: Path, http: Any, grpc: Any
+) -> None:
+    http.load_model("spare")
+    stop = threading.Event()
+    errors: list[str] = []
+    answers: list[float] = []
+
+    def load() -> None:
+        import tritonclient.grpc as grpcclient
+
+        client = grpcclient.InferenceServerClient(server.grpc)
+        while not stop.is_set():
+            try:
+                reply = infer(client, "spare", {"x": X}).as_numpy("OUTPUT__0")
+                answers.append(float(reply[0, 0] / X[0, 0]))
+            except InferenceServerException as error:
+                errors.append(error.message())
+        client.close()
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        models.save_torchscript(Twice(), spare.parent, "spare")
+        http.load_model("spare")
+        assert np.allclose(infer(http, "spare", {"x": X}).as_numpy("OUTPUT__0"), X * 2)
+        (spare / "1" / "model.pt").write_bytes(b"no archive")
+        with pytest.raises(InferenceServerException, match="spare"):
+            http.load_model("spare")
+        assert np.allclose(infer(http, "spare", {"x": X}).as_numpy("OUTPUT__0"), X * 2)
+        assert state(http, "spare")["state"] == "READY"
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not errors
+    assert set(np.round(answers).tolist()) == {1.0, 2.0}
+
+
+def test_versions_of_one_model(spare: Path, http: Any) -> None:
+    shutil.copytree(spare / "1", spare / "2")
+    models_path = spare / "2" / "model.pt"
+    with torch.no_grad():
+        torch.jit.save(torch.jit.script(Twice()), str(models_path))
+    text = (spare / "config.pbtxt").read_text()
+    repository.write_config(spare.parent, "spare", text + "version_policy { all { } }\n")
+    http.load_model("spare")
+    assert http.get_model_metadata("spare")["versions"] == ["1", "2"]
+    for version, factor in (("1", 1), ("2", 2), ("", 2)):
+        reply = infer(http, "spare", {"x": X}, model_version=version).as_numpy("OUTPUT__0")
+        assert np.allclose(reply, X * factor)
+    repository.write_config(spare.parent, "spare", text)  # latest only
+    http.load_model("spare")
+    assert http.get_model_metadata("spare")["versions"] == ["2"]
+    with pytest.raises(InferenceServerException, match="version 1"):
+        infer(http, "spare", {"x": X}, model_version="1")
