@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from .flags import FlagError, parse, usage
 
 SERVE_ENV = Path(__file__).with_name("serve.env")
 START_POLL_S = 0.25
+MESSAGES_S = 1.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,14 +89,16 @@ class _Signals:
 
     def _ask(self, number: int, _frame: object) -> None:
         if not self.asked:
-            print(f"manta: {signal.Signals(number).name}, shutting down", flush=True)
+            print("manta: shutting down", flush=True)
         self.asked = True
 
 
 def serve(settings: ServerSettings) -> int:
-    """Runs until a signal; 0 when all accepted requests were answered, 1 when it cannot start."""
-    signals = _Signals()
-    signals.take()
+    """Runs until a signal; 0 when all accepted requests were answered, 1 when it cannot start.
+
+    Ray's processes belong to a session of their own: a Ctrl-C in the terminal, or a signal to the
+    whole process group, would otherwise end them before the requests that they serve.
+    """
     load_environment()
     from deployments.ports import PortInUse, check_free
 
@@ -104,6 +110,46 @@ def serve(settings: ServerSettings) -> int:
     except PortInUse as error:
         print(f"manta serve: {error}", file=sys.stderr)
         return 1
+    sys.stdout.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return _watch_over(child)
+    os.setsid()
+    _end_with(parent)
+    code = 1
+    try:
+        code = _serve_here(settings)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _watch_over(child: int) -> int:
+    """The parent: hands signals on, and ends with the child's code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
+    while True:
+        ended, status = os.waitpid(-1, 0)  # any: as a container's first process it adopts orphans
+        if ended == child:
+            return os.waitstatus_to_exitcode(status) & 0xFF
+
+
+def _end_with(parent: int) -> None:
+    """A parent that is killed outright must not leave a server behind (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before we asked to hear of it
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _serve_here(settings: ServerSettings) -> int:
+    signals = _Signals()
+    signals.take()
     with _ray(settings):
         signals.take()  # Ray has set handlers of its own
         return asyncio.run(_serve(settings, signals))
@@ -178,22 +224,30 @@ async def _serve(settings: ServerSettings, signals: _Signals) -> int:
 
 
 async def _run(controller: Any, settings: ServerSettings, signals: _Signals) -> int:
-    """Wait for the first load pass, then for a signal."""
-    started = False
+    """Wait for the first load pass, then for a signal; show what the Controller tells."""
+    from ray.exceptions import RayError
+
+    started, seen = False, 0
     while not signals.asked:
-        if not started:
-            started, failed = await controller.started.remote()
-            if started:
-                for reason in failed:
-                    print(f"manta: {reason}", file=sys.stderr, flush=True)
-                if failed and settings.exit_on_error:
+        with contextlib.suppress(RayError):  # it may be restarting
+            seen, lines = await controller.messages.remote(seen)
+            for line in lines:
+                print(f"manta: {line}", flush=True)
+            if not started:
+                started, failed = await controller.started.remote()
+                if failed and started and settings.exit_on_error:
                     print("manta serve: failed to load all models", file=sys.stderr)
                     return 1
-                print(_where(settings), flush=True)
-        await asyncio.sleep(START_POLL_S)
+                if started:
+                    print(_where(settings), flush=True)
+        await asyncio.sleep(START_POLL_S if not started else MESSAGES_S)
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(controller.close.remote(), 5)
+        await asyncio.wait_for(_answer(controller.close.remote()), 5)
     return 0
+
+
+async def _answer(response: Any) -> Any:
+    return await response
 
 
 def _where(settings: ServerSettings) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("ray.serve")
 
 LONG_POLL_S = 2.0
 TICK_S = 0.5
+MAX_MESSAGES = 2000
 
 
 class Controller:
@@ -47,6 +49,8 @@ class Controller:
         repository.check()
         self._catalogue = Catalogue(epoch=time.time_ns())
         self._changed = asyncio.Condition()
+        self._told: deque[str] = deque(maxlen=MAX_MESSAGES)
+        self._told_count = 0
         self._lifecycle = Lifecycle(
             settings,
             repository,
@@ -54,6 +58,7 @@ class Controller:
             bind_model,
             self._application,
             self._announce,
+            self._tell,
         )
         self._aggregator = Aggregator()
         self._counted: set[VersionKey] = set()
@@ -66,9 +71,13 @@ class Controller:
         except Exception:
             logger.exception("the first load pass failed")
         self._catalogue.started = True
-        for version in self._catalogue.failed():
-            logger.error("model %s: %s", version.model_name, version.reason)
         await self._announce()
+
+    def _tell(self, text: str) -> None:
+        """For whoever runs the server: on this process's output, and for `manta serve` to show."""
+        print(text, flush=True)
+        self._told.append(text)
+        self._told_count += 1
 
     async def _announce(self) -> None:
         """Something that Routers or a waiting load should know has changed."""
@@ -167,13 +176,14 @@ class Controller:
 
     # --- the command line ------------------------------------------------------------------------
 
-    async def started(self) -> tuple[bool, tuple[str, ...]]:
-        """Whether the first pass is over, and the reasons of the models that failed in it."""
-        failed = tuple(
-            f"model '{v.model_name}' version {v.number}: {v.reason}"
-            for v in self._catalogue.failed()
-        )
-        return self._catalogue.started, failed
+    async def started(self) -> tuple[bool, bool]:
+        """Whether the first pass is over, and whether some model failed in it."""
+        return self._catalogue.started, bool(self._catalogue.failed())
+
+    async def messages(self, seen: int) -> tuple[int, tuple[str, ...]]:
+        """How many lines were told so far, and those after the first `seen`, as far as kept."""
+        new = min(self._told_count - seen, len(self._told))
+        return self._told_count, tuple(self._told)[len(self._told) - new :]
 
     async def close(self) -> None:
         """Not ready from now on; Routers hear of it."""

@@ -69,6 +69,7 @@ class Lifecycle:
         bind_model: BindModel,
         application: str,
         announce: Callable[[], Awaitable[None]],
+        tell: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._repository = repository
@@ -76,6 +77,7 @@ class Lifecycle:
         self._bind_model = bind_model
         self._application = application
         self._announce = announce
+        self._tell = tell
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads = asyncio.Semaphore(settings.model_load_thread_count)
         self._routers: dict[str, _Seen] = {}
@@ -128,6 +130,7 @@ class Lifecycle:
         except (ConfigError, MantaError) as error:
             version = self._catalogue.version(name, 0)
             version.state, version.reason = ModelState.UNAVAILABLE, str(error)
+            self._tell(f"model '{name}': {error}")
             return []
 
     async def _prepare(self, name: str) -> list[Plan]:
@@ -148,6 +151,7 @@ class Lifecycle:
             version = self._catalogue.version(name, number)
             if version.current is None:
                 version.state, version.reason = ModelState.UNAVAILABLE, reason
+            self._tell(f"model '{name}' version {number}: {reason}")
         if plans or missing:
             self._catalogue.forget(name, 0)
         return plans
@@ -210,6 +214,7 @@ class Lifecycle:
         if not any(version.current for version in self._catalogue.versions(name)):
             version = self._catalogue.version(name, 0)
             version.state, version.reason = ModelState.UNAVAILABLE, reason
+        self._tell(f"model '{name}': {reason}")
 
     async def unload(self, name: str) -> None:
         """Begin to unload all versions; returns at once, the model drains behind."""
@@ -246,7 +251,7 @@ class Lifecycle:
             reason = await self._bring_up(generation, plan, cpu_instances)
         version.loading = None
         if reason:
-            logger.error("model %s version %d: %s", plan.found.name, plan.number, reason)
+            self._tell(f"model '{plan.found.name}' version {plan.number}: {reason}")
             await asyncio.to_thread(applications.delete, generation.application)
             if version.current is None:
                 version.state, version.reason = ModelState.UNAVAILABLE, reason
@@ -255,10 +260,19 @@ class Lifecycle:
         old, version.current = version.current, generation
         version.state, version.reason = ModelState.READY, ""
         version.load_duration_s = time.monotonic() - started_s
-        logger.info("model %s version %d is ready", plan.found.name, plan.number)
+        self._tell_loaded(plan, generation, version.load_duration_s)
         await self._announce()
         if old is not None:
             self._retire(old, None)
+
+    def _tell_loaded(self, plan: Plan, generation: Generation, duration_s: float) -> None:
+        """Once per version, however many replicas said the same."""
+        place = f"model '{plan.found.name}' version {plan.number}"
+        lines = dict.fromkeys(line for r in generation.reports.values() for line in r.log)
+        for line in lines:
+            self._tell(f"{place}: {line}")
+        groups = ", ".join(f"{t.deployment} x {t.slots}" for t in generation.targets())
+        self._tell(f"{place} is READY after {duration_s:.1f} s ({groups})")
 
     def _adopt(self, version: Version, plan: Plan) -> bool:
         """Take over a running application that serves exactly what is on disk."""
@@ -273,7 +287,7 @@ class Lifecycle:
             if generation.error():
                 continue
             version.current, version.state, version.reason = generation, ModelState.READY, ""
-            logger.info("model %s version %d is adopted", plan.found.name, plan.number)
+            self._tell(f"model '{plan.found.name}' version {plan.number} is adopted")
             return True
         return False
 

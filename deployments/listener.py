@@ -82,32 +82,14 @@ def limited_protocol(max_header_bytes: int, read_timeout_s: float) -> type[async
     return LimitedProtocol
 
 
-class _Leaving:
-    """An app that, once it drains, tells clients of kept connections to leave."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        self.draining = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_closing(message: Any) -> None:
-            if self.draining and message["type"] == "http.response.start":
-                headers = [h for h in message["headers"] if h[0] != b"connection"]
-                message = {**message, "headers": [*headers, (b"connection", b"close")]}
-            await send(message)
-
-        await self._app(scope, receive, send_closing)
-
-
 class HttpListener:
     """One ASGI app on one claimed port."""
 
     def __init__(self, claim: PortClaim, app: Any, settings: ServerSettings) -> None:
         self._claim = claim
-        self._app = _Leaving(app)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                self._app,
+                app,
                 http=limited_protocol(settings.http_max_header_bytes, settings.http_read_timeout_s),
                 ws="none",
                 lifespan="off",
@@ -138,7 +120,6 @@ class HttpListener:
         if self._task is None:
             self._claim.close()
             return
-        self._app.draining = True
         for server in getattr(self._server, "servers", ()):
             server.close()
         loop = asyncio.get_running_loop()

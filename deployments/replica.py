@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .instance import Instance
 
 logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica's log file
+MAX_LOG_LINES = 200
 
 HEARTBEAT_S = 1.0
 # An idle instance that has not run a no-op for this long does not move any more.
@@ -49,6 +50,7 @@ class ModelReplica:
         self._free: asyncio.Queue[Instance] = asyncio.Queue()
         self._waiting = 0
         self._error = ""
+        self._log = _LoadLog()
         self._draining = False
         self._load_duration_s = 0.0
         self._epoch = time.time_ns()
@@ -59,7 +61,8 @@ class ModelReplica:
         _set_environment(spec)
         started = time.monotonic()
         try:
-            await self._load()
+            with self._log:
+                await self._load()
         except (ConfigError, MantaError) as error:
             self._error = str(error)
         except Exception as error:
@@ -199,6 +202,7 @@ class ModelReplica:
             draining=self._draining,
             load_duration_s=self._load_duration_s,
             weight_pointers=tuple(instance.weight_pointer() for instance in self._instances),
+            log=tuple(self._log.lines),
             details={
                 "gpu": "" if spec.gpu is None else str(spec.gpu),
                 "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
@@ -218,6 +222,27 @@ class ModelReplica:
                 await asyncio.wait_for(self._tell(), HEARTBEAT_S)
         for instance in self._instances:
             await asyncio.to_thread(instance.close)
+
+
+class _LoadLog(logging.Handler):
+    """Keeps what is logged while the model loads: the profile buffers log files for long."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.lines) < MAX_LOG_LINES:
+            self.lines.append(record.getMessage())
+
+    def __enter__(self) -> None:
+        for name in ("ray.serve", "manta"):
+            logging.getLogger(name).addHandler(self)
+        logging.getLogger("manta").setLevel(logging.INFO)
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("ray.serve", "manta"):
+            logging.getLogger(name).removeHandler(self)
 
 
 def _set_environment(spec: ReplicaSpec) -> None:

@@ -24,8 +24,7 @@ from .directory import Directory
 from .errors import Internal, MantaError, ReplicaLost, Unavailable
 from .gate import Gate
 from .grpc import VERBS, GrpcServicer, serve_proxy_method
-from .http import HttpApp
-from .http_metrics import MetricsApp
+from .http import HttpApp, MetricsApp
 from .inference import Inference
 from .listener import Listener
 from .scheduler import policy
@@ -263,6 +262,7 @@ class Router:
 
     async def drain(self) -> None:
         """Answer what was accepted and leave the ports; Serve knows nothing of the traffic."""
+        self._http.leave()
         if self._listener is not None:
             await self._listener.drain()
         for line in self._lines.values():

@@ -172,7 +172,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a replica tells the Controller, at registration and at every heartbeat."""
+    """What a replica tells the Controller, at registration and at every heartbeat.
+
+    `log` are the lines that it wrote while it loaded.
+    """
 
     application: str
     deployment: str
@@ -190,6 +193,7 @@ class ReplicaReport:
     draining: bool = False
     load_duration_s: float = 0.0
     weight_pointers: tuple[int, ...] = ()
+    log: tuple[str, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
 
 

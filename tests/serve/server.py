@@ -127,11 +127,6 @@ class Server:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def logs(self) -> str:
-        """What the server's replicas wrote, all of it."""
-        pattern = "ray/session_*/logs/serve/*.log"
-        return "\n".join(p.read_text(errors="replace") for p in self.folder.glob(pattern))
-
     def descendants(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(self.process.pid).children(recursive=True)
@@ -151,7 +146,7 @@ class Server:
         """The Controller's replicas and Serve's status, over the Ray API."""
         done = subprocess.run(
             [sys.executable, "-c", PEEK, self._ray_address()],
-            env=self._environment,
+            env={**self._environment, "RAY_AUTH_MODE": "token"},
             capture_output=True,
             text=True,
             timeout=90,

@@ -10,7 +10,7 @@ from tests.serve.server import Server
 def test_count_two_is_two_replicas(server: Server) -> None:
     peeked = server.peek()
     (application,) = [name for name in peeked["running"] if name.startswith("manta.slow.")]
-    assert peeked["running"][application] == {"slow": 2}
+    assert peeked["running"][application] == {"slow_0": 2}
     pids = {r["pid"] for r in peeked["replicas"] if r["application"] == application}
     assert len(pids) == 2 and pids == set(server.replica_pids(application))
 
@@ -38,7 +38,7 @@ def test_the_environment_reaches_the_replicas(server: Server) -> None:
 
 
 def test_parameters_are_told_in_the_log_when_a_version_loads(server: Server) -> None:
-    logs = server.logs()
+    logs = server.output()
     for line in (
         "Inference Mode is enabled",
         "Optimized execution is enabled",

@@ -1,0 +1,185 @@
+"""What happens when something dies, under load, with counts. Each case has its control.
+
+The servers here are their own: a killed Router must not disturb other tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.http as httpclient
+from tritonclient.utils import InferenceServerException
+
+from tests.serve.clients import aio_client, infer, infer_aio
+from tests.serve.server import BIN, ROOT, Server, free_ports, manta_serve, port_is_free, wait_for
+
+LONG = np.full((1, 1), 3.0, np.float32)
+SHORT = np.full((1, 1), 0.01, np.float32)
+
+
+@pytest.fixture(scope="module")
+def own(models_root: Path) -> Iterator[Server]:
+    flags = ["--model-control-mode=explicit", "--load-model=slow", "--load-model=mlp"]
+    with manta_serve(models_root, *flags) as server:
+        server.wait_ready()
+        yield server
+
+
+def sleepers(server: Server) -> list[int]:
+    return server.replica_pids("manta.slow.")
+
+
+def whole(server: Server) -> set[int]:
+    """Waits until both replicas of `slow` are loaded and the Controller counts on them."""
+
+    def both() -> set[int]:
+        found = {r["pid"] for r in server.peek()["replicas"] if ".slow." in r["application"]}
+        return found if len(found) == 2 and found == set(sleepers(server)) else set()
+
+    pids: set[int] = wait_for(both, 90, "both replicas of slow are there")
+    return pids
+
+
+def codes(replies: list[Any]) -> dict[str, int]:
+    """How many answers of each kind: `ok`, or the status of the error."""
+    counted: dict[str, int] = {}
+    for reply in replies:
+        name = str(reply.status()) if isinstance(reply, InferenceServerException) else "ok"
+        counted[name] = counted.get(name, 0) + 1
+    return counted
+
+
+def under_load(server: Server, waiting: int, strike: Any) -> list[Any]:
+    """Two long requests that run, `waiting` short ones behind them; then `strike` is called."""
+
+    async def run() -> list[Any]:
+        async with aio_client(server, "http") as client:
+            calls = [asyncio.create_task(infer_aio(client, "slow", {"s": LONG})) for _ in range(2)]
+            await asyncio.sleep(1.0)  # both run now, one on each replica
+            calls += [
+                asyncio.create_task(infer_aio(client, "slow", {"s": SHORT})) for _ in range(waiting)
+            ]
+            await asyncio.sleep(0.5)
+            strike()
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_control_nothing_is_lost_when_nothing_dies(own: Server) -> None:
+    assert codes(under_load(own, 20, lambda: None)) == {"ok": 22}
+
+
+def test_a_killed_replica_fails_only_what_ran_there(own: Server) -> None:
+    """One of two replicas: one request in flight fails with 503, the rest go to the other one."""
+    victim = min(whole(own))
+    replies = under_load(own, 20, lambda: os.kill(victim, signal.SIGKILL))
+    assert codes(replies) == {"ok": 21, "503": 1}
+    assert victim not in whole(own)  # replaced
+
+
+def test_when_all_replicas_die_what_is_queued_waits_for_the_replacement(own: Server) -> None:
+    victims = whole(own)
+
+    def strike() -> None:
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+
+    replies = under_load(own, 20, strike)
+    assert codes(replies) == {"ok": 20, "503": 2}
+
+
+def test_a_killed_controller_stops_nobody_and_comes_back(own: Server) -> None:
+    client = httpclient.InferenceServerClient(own.http)
+    (controller,) = own.replica_pids("manta:Controller")
+    replicas = whole(own)
+    replies = under_load(own, 20, lambda: os.kill(controller, signal.SIGKILL))
+    assert codes(replies) == {"ok": 22}
+    wait_for(lambda: own.replica_pids("manta:Controller"), 60, "the Controller is back")
+
+    def answers() -> bool:
+        try:
+            client.get_inference_statistics("slow")
+            return bool(client.is_server_ready())
+        except InferenceServerException:
+            return False
+
+    wait_for(answers, 60, "the new Controller answers")
+    assert set(sleepers(own)) == replicas  # adopted, not loaded again
+    stats = client.get_inference_statistics("slow")["model_stats"][0]
+    assert stats["inference_stats"]["success"]["count"] >= 22  # nothing went backwards
+    client.close()
+
+
+def test_a_killed_router_leaves_no_port_behind_and_comes_back(own: Server) -> None:
+    (router,) = own.replica_pids("manta:Router")
+    replicas = whole(own)
+    os.kill(router, signal.SIGKILL)
+    wait_for(lambda: own.replica_pids("manta:Router") not in ([], [router]), 60, "a new Router")
+    wait_for(own.ready, 60, "the server is ready again")
+    client = httpclient.InferenceServerClient(own.http)
+    assert infer(client, "slow", {"s": SHORT}).as_numpy("t")[0, 0] == SHORT[0, 0] * 2
+    assert set(sleepers(own)) == replicas
+    client.close()
+
+
+def test_sigterm_answers_every_accepted_request(own: Server) -> None:
+    family = own.descendants()
+    whole(own)
+    replies = under_load(own, 20, lambda: own.send(signal.SIGTERM))
+    assert codes(replies) == {"ok": 22}
+    assert own.process.wait(90) == 0
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+    for port in (own.http_port, own.grpc_port, own.metrics_port):
+        assert port_is_free(port)
+
+
+def test_ctrl_c_reaches_the_whole_group_and_ends_well(models_root: Path) -> None:
+    """A terminal sends SIGINT to every process of the foreground group, Ray's among them."""
+    flags = ["--model-control-mode=explicit", "--load-model=slow"]
+    with manta_serve(models_root, *flags) as server:
+        server.wait_ready()
+        family = server.descendants()
+
+        def strike() -> None:
+            os.killpg(server.process.pid, signal.SIGINT)
+
+        assert codes(under_load(server, 4, strike)) == {"ok": 6}
+        assert server.process.wait(90) == 0
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive and port_is_free(server.http_port)
+
+
+def test_a_second_server_on_a_busy_port_fails_at_once_naming_it(models_root: Path) -> None:
+    import socket
+
+    busy, other, third = free_ports(3)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", busy))
+        holder.listen()
+        done = subprocess.run(
+            [
+                str(BIN / "manta"),
+                "serve",
+                f"--model-repository={models_root}",
+                f"--http-port={busy}",
+                f"--grpc-port={other}",
+                f"--metrics-port={third}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            cwd=ROOT,
+        )
+    assert done.returncode == 1
+    assert f"port {busy}" in done.stderr

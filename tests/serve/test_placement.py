@@ -1,0 +1,107 @@
+"""Instance groups on two logical GPUs, and start-up with models that cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import models
+from tests.serve import repository
+from tests.serve.clients import rows
+from tests.serve.server import Server, manta_serve
+
+GROUPS = {
+    "first": ("instance_group [ { kind: KIND_GPU gpus: [ 0 ] } ]", "0.25"),
+    "second": ("instance_group [ { kind: KIND_GPU gpus: [ 1 ] } ]", "0.25"),
+    "both": ("instance_group [ { kind: KIND_GPU gpus: [ 0, 1 ] count: 2 } ]", "0.1"),
+    "auto": ("", "0.05"),
+}
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("gpus")
+    for name, (group, share) in GROUPS.items():
+        models.save_torchscript(repository.mlp(), root, name)
+        text = repository.parameter("GPU_FRACTION", share) + group
+        repository.write_config(root, name, repository.MLP + text)
+    with manta_serve(
+        root,
+        "--logical-gpus=true",
+        "--batching=direct",
+        environment={"MANTA_LOGICAL_GPU_COUNT": "2"},
+    ) as server:
+        server.wait_ready()
+        yield server
+        assert server.stop() == 0
+
+
+def by_model(peeked: dict[str, Any]) -> dict[str, list[str]]:
+    """Model -> the listed index of each of its replicas."""
+    found: dict[str, list[str]] = {}
+    for replica in peeked["replicas"]:
+        found.setdefault(replica["application"].split(".")[1], []).append(replica["details"]["gpu"])
+    return {name: sorted(gpus) for name, gpus in found.items()}
+
+
+def test_groups_land_where_they_are_listed_with_the_fractions_asked_for(placed: Server) -> None:
+    peeked = placed.peek()
+    assert by_model(peeked) == {
+        "first": ["0"],
+        "second": ["1"],
+        "both": ["0", "0", "1", "1"],
+        "auto": ["0", "1"],  # no group: one instance on every GPU
+    }
+    total, free = peeked["resources"]
+    used = {name: round(total[name] - free.get(name, 0.0), 4) for name in total}
+    assert used["manta_gpu_0"] == used["manta_gpu_1"] == 0.25 + 2 * 0.1 + 0.05
+    assert used["GPU"] == 2 * used["manta_gpu_0"]
+
+
+def test_models_on_logical_gpus_answer(placed: Server) -> None:
+    x = rows(1, 8)
+    body = {
+        "inputs": [
+            {"name": "INPUT__0", "datatype": "FP32", "shape": [1, 8], "data": x.ravel().tolist()}
+        ]
+    }
+    for name in GROUPS:
+        for _ in range(4):
+            reply = httpx.post(f"http://{placed.http}/v2/models/{name}/infer", json=body)
+            assert reply.status_code == 200
+
+
+@pytest.fixture(scope="module")
+def one_good_three_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("broken")
+    models.save_torchscript(repository.mlp(), root, "mlp")
+    repository.write_config(root, "mlp", repository.MLP)
+    repository.build_broken(root)
+    return root
+
+
+def test_one_good_model_serves_beside_three_broken_ones(one_good_three_broken: Path) -> None:
+    flags = ["--exit-on-error=false", "--strict-readiness=false"]
+    with manta_serve(one_good_three_broken, *flags) as server:
+        server.wait_ready()
+        reply = httpx.post(f"http://{server.http}/v2/repository/index")
+        index = {entry["name"]: entry for entry in reply.json()}
+        assert index.pop("mlp")["state"] == "READY"
+        assert {entry["state"] for entry in index.values()} == {"UNAVAILABLE"}
+        assert "bad_field/config.pbtxt:1" in index["bad_field"]["reason"]
+        assert "torch.save" in index["pickled"]["reason"]
+        assert "INPUT__7" in index["bad_name"]["reason"]
+        assert not any(str(one_good_three_broken) in entry["reason"] for entry in index.values())
+        assert server.stop() == 0
+
+
+def test_by_default_a_broken_model_ends_the_server(one_good_three_broken: Path) -> None:
+    with manta_serve(one_good_three_broken) as server:
+        assert server.process.wait(180) == 1
+        output = server.output()
+        assert "failed to load all models" in output
+        assert "platfrm" in output and "torch.save" in output and "INPUT__7" in output

@@ -1,0 +1,101 @@
+"""`serve run serve_config.yaml`, as it stands and with its two switches changed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import tritonclient.grpc as grpcclient
+import tritonclient.http as httpclient
+import yaml
+from tritonclient.utils import InferenceServerException
+
+from cluster.cli import SERVE_ENV, load_environment
+from tests import models
+from tests.serve import repository
+from tests.serve.clients import aio_client, infer, infer_aio, rows
+from tests.serve.server import BIN, ROOT, Server, free_ports
+
+
+@pytest.fixture(scope="module")
+def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("one")
+    models.save_torchscript(repository.mlp(), root, "mlp")
+    repository.write_config(root, "mlp", repository.MLP)
+    return root
+
+
+def config_file(folder: Path, ports: list[int], listener: str) -> Path:
+    """The shipped file; only ports, and for `serve` the two settings that the README names."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    args = config["applications"][0]["args"]
+    args |= {"http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2]}
+    config["http_options"]["port"], config["grpc_options"]["port"] = ports[:2]
+    if listener == "serve":
+        args["listener"], config["proxy_location"] = "serve", "EveryNode"
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def profile() -> dict[str, str]:
+    before = dict(os.environ)
+    try:
+        return dict(load_environment(SERVE_ENV))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(params=["router", "router+env", "serve", "serve+env"])
+def serve_run(request: pytest.FixtureRequest, one_model: Path, tmp_path: Path) -> Iterator[Server]:
+    listener, _, with_env = request.param.partition("+")
+    ports = free_ports(3)
+    environment = {"MANTA_MODEL_REPOSITORY": str(one_model), **(profile() if with_env else {})}
+    command = [str(BIN / "serve"), "run", str(config_file(tmp_path, ports, listener))]
+    server = Server(command, ports, environment)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        # What the README says of a bare `serve run`: SIGINT ends it in order.
+        family = server.descendants()
+        server.send(signal.SIGINT)
+        server.process.wait(90)
+        psutil.wait_procs(family, timeout=30)
+        server.close()
+
+
+def test_serve_run_answers_http_and_grpc(serve_run: Server) -> None:
+    x = rows(2, 8)
+    with torch.inference_mode():
+        expected = repository.mlp()(torch.from_numpy(x)).numpy()
+    for client in (
+        httpclient.InferenceServerClient(serve_run.http),
+        grpcclient.InferenceServerClient(serve_run.grpc),
+    ):
+        assert client.is_server_ready() and client.is_model_ready("mlp")
+        reply = infer(client, "mlp", {"INPUT__0": x}).as_numpy("OUTPUT__0")
+        np.testing.assert_allclose(reply, expected, atol=1e-5)
+        with pytest.raises(InferenceServerException) as caught:
+            infer(client, "nowhere", {"INPUT__0": x})
+        assert str(caught.value.status()) in ("404", "StatusCode.NOT_FOUND")
+        assert "nowhere" in caught.value.message()
+        client.close()
+
+    import asyncio
+
+    async def many() -> list[Any]:
+        async with aio_client(serve_run, "grpc") as client:
+            calls = [infer_aio(client, "mlp", {"INPUT__0": x}) for _ in range(40)]
+            return await asyncio.gather(*calls)
+
+    for reply in asyncio.run(many()):
+        np.testing.assert_allclose(reply.as_numpy("OUTPUT__0"), expected, atol=1e-5)
