@@ -1,10 +1,8 @@
 """Composition root: what runs, how many, where. The only place with deployment options and bind.
 
 `build_app` is the import path of `serve_config.yaml`; `model_app` is what the Controller deploys
-for one model version.
+for one model version. Annotations are evaluated here: Serve reads `build_app`'s own.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +26,8 @@ APPLICATION = "manta"
 CONTROL_CALLS = 10_000
 # Requests through Serve's own proxy (`listener: serve`); the Scheduler's limits are the real ones.
 PROXY_REQUESTS = 100_000
+# A line per call costs more than the call, and long polls would fill the log.
+LOGGING = {"enable_access_log": False}
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
 
@@ -42,6 +42,7 @@ def build_app(args: ServerSettings) -> Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        logging_config=LOGGING,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=args.exit_timeout_s,
     )
@@ -53,6 +54,7 @@ def build_app(args: ServerSettings) -> Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        logging_config=LOGGING,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=args.exit_timeout_s,
         # A new Router shares the ports with the old one until that one has drained.
@@ -96,6 +98,7 @@ def _model_deployment(
         request_router_config=RequestRouterConfig(request_router_class=LeastLoaded),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        logging_config=LOGGING,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.exit_timeout_s,
     )

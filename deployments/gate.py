@@ -140,6 +140,7 @@ class Gate:
                 due_ns = step.until_ns
             break
         self._release(now_ns)
+        self._prefetch(now_ns)
         expiry_ns = self._scheduler.next_expiry_ns
         if expiry_ns is not None:
             due_ns = expiry_ns if due_ns is None else min(due_ns, expiry_ns)
@@ -147,6 +148,14 @@ class Gate:
             self._arm(due_ns, now_ns)
         else:
             self._rest()
+
+    def _prefetch(self, now_ns: int) -> None:
+        """One full batch per instance may wait beside it: it is there when the one before ends."""
+        while not self._frozen and self._slots <= self._in_flight < 2 * self._slots:
+            group = self._scheduler.next_full(now_ns)
+            if group is None:
+                return
+            self._start(group, now_ns)
 
     def _arm(self, due_ns: int, now_ns: int) -> None:
         """One timer, replaced only by an earlier one: if it rings too early, it is set anew."""

@@ -124,6 +124,9 @@ class Router:
                 continue
             if snapshot is None:
                 continue
+            if self._lines and not snapshot.started and snapshot.epoch != self._epoch:
+                await asyncio.sleep(RETRY_S)  # a new Controller, still finding out what runs
+                continue
             self._apply(snapshot)
             if snapshot.started and not opened and self._listener is not None:
                 await self._listener.open()
@@ -135,8 +138,6 @@ class Router:
     def _apply(self, snapshot: Snapshot) -> None:
         if snapshot.epoch != self._epoch:
             self._recorder.resend()
-        if not snapshot.started and self._lines:
-            return  # a new Controller that is still finding out what runs
         self._epoch, self._sequence = snapshot.epoch, snapshot.sequence
         wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
         for application, version in wanted.items():

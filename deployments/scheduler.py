@@ -191,6 +191,18 @@ class Scheduler:
             return Wait(until_ns)
         return self._take(now_ns)
 
+    def next_full(self, now_ns: int) -> Group | None:
+        """A batch that waiting could not make larger, for an instance that still runs another.
+
+        Only where requests are merged: one that goes alone gains nothing by leaving the queue early.
+        """
+        self._expire(now_ns)
+        if not self._live or not self._policy.merge or self._policy.max_rows < 2:
+            return None
+        self._front()
+        self._scan()
+        return self._take(now_ns) if self._closed else None
+
     def _scan(self) -> None:
         """Extends the candidate as far as it goes.
 

@@ -24,7 +24,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-START_S = 240.0
+START_S = 150.0
 END_S = 90.0
 
 PEEK = """

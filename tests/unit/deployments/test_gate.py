@@ -267,3 +267,51 @@ async def test_a_client_that_disconnects_cancels_only_itself(clock):
     assert model.calls == [[0], [2]]
     model.finish()
     assert await clients[2]
+
+
+@drive
+async def test_a_full_batch_waits_beside_the_one_that_runs(clock):
+    gate, model, _ = make(clock, max_rows=2, preferred=(2,))
+    futures = [submit(gate, n) for n in range(7)]
+    await settle()
+    # The first found a free slot; one full batch was sent ahead, and no second one.
+    assert model.calls == [[0], [1, 2]]
+    model.finish()
+    await settle()
+    assert model.calls == [[0], [1, 2], [3, 4]]
+    while model.replies:
+        model.finish()
+        await settle()
+    assert model.calls[-1] == [5, 6]
+    assert all(future.done() for future in futures)
+
+
+@drive
+async def test_a_partial_batch_is_not_sent_ahead(clock):
+    """The control: what might still grow waits for the slot."""
+    gate, model, _ = make(clock, max_rows=4, preferred=(4,))
+    [submit(gate, n) for n in range(4)]
+    await settle()
+    assert model.calls == [[0]]
+    model.finish()
+    await settle()
+    assert model.calls == [[0], [1, 2, 3]]
+    model.finish()
+
+
+@drive
+async def test_nothing_is_sent_ahead_while_a_slot_rests(clock):
+    gate, model, _ = make(clock, max_rows=2, preferred=(2,))
+    [submit(gate, n) for n in range(5)]
+    await settle()
+    model.finish(refused=True)
+    await settle()
+    assert model.calls == [[0], [1, 2]]
+    model.finish()
+    await settle()
+    assert model.calls == [[0], [1, 2]]  # the refused slot still rests
+    await asyncio.sleep(0.006)
+    assert model.calls[2] == [0, 3]
+    while model.replies:
+        model.finish()
+        await settle()
