@@ -28,7 +28,7 @@ SHORT = np.full((1, 1), 0.01, np.float32)
 
 @pytest.fixture(scope="module")
 def own(models_root: Path) -> Iterator[Server]:
-    flags = ["--model-control-mode=explicit", "--load-model=slow", "--load-model=mlp"]
+    flags = ["--model-control-mode=explicit", "--load-model=slow", "--max-execution-secs=8"]
     with manta_serve(models_root, *flags) as server:
         server.wait_ready()
         yield server
@@ -96,6 +96,19 @@ def test_when_all_replicas_die_what_is_queued_waits_for_the_replacement(own: Ser
 
     replies = under_load(own, 20, strike)
     assert codes(replies) == {"ok": 20, "503": 2}
+
+
+def test_a_hung_instance_is_replaced_and_its_request_answered(own: Server) -> None:
+    before = whole(own)
+    client = httpclient.InferenceServerClient(own.http, network_timeout=120)
+    hanging = np.full((1, 1), 3600.0, np.float32)
+    with pytest.raises(InferenceServerException) as caught:
+        infer(client, "slow", {"s": hanging})
+    assert str(caught.value.status()) == "503"
+    assert infer(client, "slow", {"s": SHORT}).as_numpy("t")[0, 0] == SHORT[0, 0] * 2
+    after = whole(own)
+    assert len(before & after) == 1  # the other one, which did not hang, was left alone
+    client.close()
 
 
 def test_a_killed_controller_stops_nobody_and_comes_back(own: Server) -> None:

@@ -1,0 +1,82 @@
+"""tritonserver's command line: both forms, unknown flags, and flags that are not done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main, read_settings
+from cluster.flags import FLAGS, NOT_DONE, FlagError, parse, usage
+from configs.server import ServerSettings
+
+
+def test_both_forms_and_repeated_flags() -> None:
+    words = ["--model-repository=a", "--model-repository", "b", "--http-port", "9", "--id=x"]
+    assert parse(words) == {"model_repository": ("a", "b"), "http_port": "9", "id": "x"}
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("False", False)])
+def test_booleans(text: str, value: bool) -> None:
+    assert parse([f"--exit-on-error={text}"]) == {"exit_on_error": value}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--no-such-flag=1"], "unknown option '--no-such-flag'"),
+        (["--cache-config=local,size=1"], "--cache-config is an option of tritonserver"),
+        (["--http-port"], "--http-port needs a value"),
+        (["--exit-on-error=maybe"], "--exit-on-error is true or false"),
+        (["repository"], "unexpected argument 'repository'"),
+    ],
+)
+def test_refusals_name_the_flag(words: list[str], text: str) -> None:
+    with pytest.raises(FlagError, match=text):
+        parse(words)
+
+
+def test_every_flag_sets_a_setting_that_exists() -> None:
+    assert {flag.setting for flag in FLAGS.values()} <= set(ServerSettings.model_fields)
+    assert not NOT_DONE & set(FLAGS)
+    assert all(f"--{name}" in usage() for name in FLAGS)
+
+
+def test_settings_from_the_command_line(tmp_path: Path) -> None:
+    settings = read_settings(
+        [
+            f"--model-repository={tmp_path}",
+            "--model-control-mode=explicit",
+            "--load-model=a",
+            "--load-model",
+            "b",
+            "--http-port=9000",
+        ]
+    )
+    assert settings.model_repository == (str(tmp_path),)
+    assert settings.load_model == ("a", "b")
+    assert settings.http_port == 9000
+    assert settings.exit_on_error and settings.strict_readiness
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "--model-repository=/no/such/place"],
+        ["serve", "--http-port=70000"],
+        ["serve", "--http-port=7", "--grpc-port=7"],
+        ["serve", "--model-control-mode=poll"],
+        ["serve", "--unknown"],
+        ["frobnicate"],
+        [],
+    ],
+)
+def test_a_wrong_command_line_ends_with_1(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert captured.err or captured.out
+
+
+def test_help(capsys: pytest.CaptureFixture) -> None:
+    assert main(["serve", "--help"]) == 0
+    assert "--model-repository" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""What is loaded, as data: registrations, staleness, readiness, snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation
+from deployments.types import ModelState, ReplicaReport, Target
+from tests import models
+
+CONFIG = models.config({"x": [2]}, {"y": [2]})
+
+
+def report(replica: str = "a", **changes: object) -> ReplicaReport:
+    base = ReplicaReport(
+        application="manta.m.1.7",
+        deployment="m_0",
+        replica_id=replica,
+        node_id="n",
+        pid=1,
+        epoch=1,
+        instances=1,
+        device="cpu",
+        content_hash="h",
+        config=CONFIG,
+        loaded=True,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def generation(replicas: int = 2) -> Generation:
+    return Generation("manta.m.1.7", CONFIG, "h", {"m_0": replicas})
+
+
+def test_complete_once_every_replica_vouches() -> None:
+    one = generation()
+    assert not one.complete()
+    assert one.note(report("a"), 0.0) and not one.complete()
+    assert not one.note(report("a"), 1.0)  # a heartbeat changes nothing
+    assert one.note(report("b"), 1.0) and one.complete()
+    assert one.targets() == (Target("m_0", 2),)
+
+
+def test_an_error_is_told_and_gives_no_slot() -> None:
+    one = generation(1)
+    assert one.note(report(loaded=False, error="no such file", instances=0), 0.0)
+    assert one.error() == "no such file" and not one.complete()
+    assert one.targets() == (Target("m_0", 0),)
+
+
+def test_silent_unhealthy_and_draining_replicas_give_no_slot() -> None:
+    one = generation()
+    one.note(report("a"), 0.0)
+    one.note(report("b"), STALE_S)
+    assert one.drop_stale(STALE_S + 0.1) and one.targets() == (Target("m_0", 1),)
+    assert one.note(report("b", healthy=False), STALE_S + 1)
+    assert one.targets() == (Target("m_0", 0),)
+    one.note(report("b"), STALE_S + 2)
+    assert one.note(report("b", draining=True), STALE_S + 3)
+    assert one.targets() == (Target("m_0", 0),) and not one.reports
+
+
+def test_after_a_lost_call_the_dead_drop_out_sooner() -> None:
+    one = generation()
+    one.note(report("alive"), 10.0)
+    one.note(report("dead"), 10.0)
+    one.suspect(10.0)
+    one.note(report("alive"), 11.0)
+    assert not one.drop_stale(10.0 + SUSPECT_S - 0.1)
+    assert one.drop_stale(10.0 + SUSPECT_S + 0.1)
+    assert set(one.reports) == {"alive"}
+
+
+def test_readiness() -> None:
+    catalogue = Catalogue(epoch=1)
+    assert not catalogue.ready(strict=False)
+    catalogue.started = True
+    assert catalogue.ready(strict=True)  # nothing to load is ready
+    version = catalogue.version("m", 1)
+    version.state, version.current = ModelState.READY, generation(1)
+    assert catalogue.ready(strict=False) and not catalogue.ready(strict=True)  # nobody serves it
+    assert version.current is not None
+    version.current.note(report(), 0.0)
+    assert catalogue.ready(strict=True)
+    other = catalogue.version("n", 1)
+    other.state, other.reason = ModelState.UNAVAILABLE, "broken"
+    assert catalogue.ready(strict=False) and not catalogue.ready(strict=True)
+    other.reason = "unloaded"
+    assert catalogue.ready(strict=True)
+    catalogue.closing = True
+    assert not catalogue.ready(strict=False)
+
+
+def test_the_snapshot_tells_what_serves() -> None:
+    catalogue = Catalogue(epoch=3)
+    version = catalogue.version("m", 1)
+    version.state, version.current = ModelState.READY, generation(1)
+    catalogue.version("untouched", 0)
+    (one, untouched) = catalogue.snapshot(strict=False).versions
+    assert (one.application, one.config, one.targets) == (
+        "manta.m.1.7",
+        CONFIG,
+        (Target("m_0", 0),),
+    )
+    assert untouched.state is ModelState.UNKNOWN and untouched.application == ""
+    assert catalogue.find("manta.m.1.7") is version.current
+    assert catalogue.find("manta.m.1.8") is None
