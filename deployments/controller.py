@@ -22,7 +22,7 @@ from configs.server import ServerSettings
 from . import applications
 from .applications import BindModel
 from .catalogue import Catalogue
-from .errors import ControlDisabled, ShuttingDown
+from .errors import ControlDisabled, ShuttingDown, Unavailable
 from .lifecycle import Lifecycle
 from .metrics import render
 from .repository import Repository, check_model_name
@@ -145,6 +145,7 @@ class Controller:
 
     async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
         """Triton's JSON form of the versions that serve, all of them or those asked for."""
+        self._check_started()
         return [
             self._aggregator.report(one.key.model, one.key.version)
             for one in self._aggregator.loaded()
@@ -152,7 +153,13 @@ class Controller:
         ]
 
     async def metrics(self) -> str:
+        self._check_started()
         return render(self._aggregator.loaded())
+
+    def _check_started(self) -> None:
+        """Counters that begin at zero would seem to go backwards until adoption is over."""
+        if not self._catalogue.started:
+            raise Unavailable("the server's controller is starting; try again")
 
     async def control(self, verb: str, name: str, parameters: Mapping[str, Any]) -> None:
         """`load` and `unload` (server.md §4.4); raises an error of ours."""

@@ -96,6 +96,7 @@ class HttpListener:
                 loop="none",
                 log_level="warning",
                 access_log=False,
+                proxy_headers=False,
                 backlog=BACKLOG,
                 server_header=False,
                 date_header=False,

@@ -20,7 +20,7 @@ from ray import get_runtime_context, serve
 from configs.errors import ConfigError
 from configs.parameters import log_lines, parse_parameters
 
-from .errors import MantaError, ShuttingDown
+from .errors import MantaError
 from .repository import Repository
 from .types import Batch, BatchReply, ReplicaReport, ReplicaSpec
 
@@ -122,8 +122,8 @@ class ModelReplica:
         Refuses when every instance runs and as many batches wait already: that happens only when
         several Routers offer more than there is, and the Router keeps the batch in its queue.
         """
-        if self._draining or self._error:
-            raise ShuttingDown()
+        if self._draining or self._error or not self._instances:
+            return BatchReply(parts=(), refused=True)
         if self._free.empty() and self._waiting >= len(self._instances):
             return BatchReply(parts=(), refused=True)
         self._waiting += 1
@@ -172,12 +172,18 @@ class ModelReplica:
 
     async def _heartbeat(self) -> None:
         while True:
+            stuck = self._stuck()
             try:
-                await asyncio.wait_for(self._tell(), HEARTBEAT_S * 10)
+                await asyncio.wait_for(self._tell(), HEARTBEAT_S if stuck else HEARTBEAT_S * 10)
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # the Controller may be restarting; it hears the next one
                 logger.debug("report not delivered: %s", error)
+            if stuck:
+                # Nothing but the process's end frees a thread that hangs. Serve would first wait
+                # out its grace for the very request that hangs; so its client hears of it now.
+                logger.critical("%s, this process ends", stuck)
+                os._exit(1)
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _tell(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from configs.complete import RuntimeKind
 from configs.parameters import ModelParameters
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("manta.runtimes")
 
 
 def apply_process(parameters: ModelParameters, kind: RuntimeKind) -> None:

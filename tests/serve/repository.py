@@ -109,7 +109,7 @@ def build(root: Path, seed_package: Path | None) -> Path:
     )
 
     models.save_torchscript(models.RefusesNegative(), root, "picky")
-    held = "dynamic_batching { preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 3000000 }"
+    held = "dynamic_batching { preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 1500000 }"
     write_config(
         root,
         "picky",

@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 from tests.serve.clients import aio_client, infer_aio, rows, statistics
 from tests.serve.server import Server
 
-# `picky` holds a partial batch back for up to 3 s: eight rows at once are one batch.
+# `picky` holds a partial batch back for up to 1.5 s: eight rows at once are one batch.
 EIGHT = np.abs(rows(8, 2)) + 1
 
 
@@ -74,10 +74,10 @@ def test_a_client_that_leaves_takes_nobody_along(server: Server, http: Any) -> N
         async with httpx.AsyncClient() as leaver, aio_client(server, "http") as client:
             url = f"http://{server.http}/v2/models/picky/infer"
             leaving = asyncio.create_task(leaver.post(url, json=body))
-            await asyncio.sleep(0.3)  # it waits in the queue, held back for more rows
+            await asyncio.sleep(0.2)  # it waits in the queue, held back for more rows
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.2)
             calls = [infer_aio(client, "picky", {"x": EIGHT[i : i + 1]}) for i in range(7)]
             return await asyncio.gather(*calls)
 
@@ -93,7 +93,7 @@ def test_a_grpc_deadline_withdraws_what_waits(server: Server, http: Any, grpc: A
     async def run() -> None:
         async with aio_client(server, "grpc") as client:
             with pytest.raises(InferenceServerException, match="Deadline"):
-                await infer_aio(client, "picky", {"x": EIGHT[:1]}, client_timeout=0.3)
+                await infer_aio(client, "picky", {"x": EIGHT[:1]}, client_timeout=0.2)
 
     asyncio.run(run())
     after = statistics(http, "picky")
