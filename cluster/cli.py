@@ -25,6 +25,9 @@ from .flags import FlagError, parse, usage
 SERVE_ENV = Path(__file__).with_name("serve.env")
 START_POLL_S = 0.25
 MESSAGES_S = 1.0
+ANSWER_S = 3.0
+# Serve's own bookkeeping on top of the grace that Routers have.
+END_MARGIN_S = 30.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -225,16 +228,18 @@ async def _serve(settings: ServerSettings, signals: _Signals) -> int:
 
 async def _run(controller: Any, settings: ServerSettings, signals: _Signals) -> int:
     """Wait for the first load pass, then for a signal; show what the Controller tells."""
-    from ray.exceptions import RayError
-
     started, seen = False, 0
     while not signals.asked:
-        with contextlib.suppress(RayError):  # it may be restarting
-            seen, lines = await controller.messages.remote(seen)
+        with contextlib.suppress(Exception):  # it may be restarting
+            seen, lines = await asyncio.wait_for(
+                _answer(controller.messages.remote(seen)), ANSWER_S
+            )
             for line in lines:
                 print(f"manta: {line}", flush=True)
             if not started:
-                started, failed = await controller.started.remote()
+                started, failed = await asyncio.wait_for(
+                    _answer(controller.started.remote()), ANSWER_S
+                )
                 if failed and started and settings.exit_on_error:
                     print("manta serve: failed to load all models", file=sys.stderr)
                     return 1
@@ -265,12 +270,16 @@ async def _end(settings: ServerSettings) -> None:
 
     from deployments.app import APPLICATION
 
-    began_s = time.monotonic()
     with contextlib.suppress(Exception):
-        await asyncio.to_thread(ray_serve.delete, APPLICATION)
-    with contextlib.suppress(Exception):
-        left_s = settings.exit_timeout_s - (time.monotonic() - began_s)
-        if not os.environ.get("RAY_ADDRESS") and left_s > -settings.exit_timeout_s:
+        await asyncio.to_thread(ray_serve.delete, APPLICATION, _blocking=False)
+        end_s = time.monotonic() + settings.exit_timeout_s + END_MARGIN_S
+        while time.monotonic() < end_s:
+            status = await asyncio.to_thread(ray_serve.status)
+            if APPLICATION not in status.applications:
+                break
+            await asyncio.sleep(START_POLL_S)
+    if not os.environ.get("RAY_ADDRESS"):
+        with contextlib.suppress(Exception):
             await asyncio.to_thread(ray_serve.shutdown)
 
 

@@ -92,11 +92,9 @@ class ServerSettings(BaseModel):
     allow_http: bool = Field(True, description="Serve HTTP.")
     allow_grpc: bool = Field(True, description="Serve gRPC.")
     allow_metrics: bool = Field(True, description="Serve metrics.")
-    http_port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 lets the OS choose.")
-    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 lets the OS choose.")
-    metrics_port: int = Field(
-        8002, ge=0, le=65535, description="Metrics port; 0 lets the OS choose."
-    )
+    http_port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
+    grpc_port: int = Field(8001, ge=1, le=65535, description="gRPC port.")
+    metrics_port: int = Field(8002, ge=1, le=65535, description="Metrics port.")
     http_address: str = Field(
         default_factory=lambda: _address("HTTP"),
         description="Address that HTTP binds; by default MANTA_HTTP_ADDRESS or loopback.",
@@ -173,10 +171,17 @@ class ServerSettings(BaseModel):
     def _consistent(self) -> ServerSettings:
         if self.load_model and self.model_control_mode != "explicit":
             raise ValueError("load_model needs model_control_mode 'explicit'")
+        if self.listener == "serve":
+            if not self.allow_http:
+                raise ValueError("allow_http false needs listener 'router': Serve's proxy is HTTP")
+            if "grpc_address" in self.model_fields_set:
+                raise ValueError(
+                    "grpc_address needs listener 'router': Serve's gRPC binds all interfaces"
+                )
         edges = ("http", "grpc", "metrics")
         ports = [(f"{e}_port", getattr(self, f"{e}_port")) for e in edges if self._open(e)]
         for (one, port), (other, same) in combinations(ports, 2):
-            if port == same != 0:
+            if port == same:
                 raise ValueError(f"{one} and {other} are both {port}; they must differ")
         return self
 

@@ -30,6 +30,7 @@ PROXY_REQUESTS = 100_000
 LOGGING = {"enable_access_log": False}
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
+CONTROLLER_MARGIN_S = 15.0
 
 
 def build_app(args: ServerSettings) -> Application:
@@ -44,7 +45,8 @@ def build_app(args: ServerSettings) -> Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         logging_config=LOGGING,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=args.exit_timeout_s,
+        # It outlives the Routers, which need it to the end of their own grace.
+        graceful_shutdown_timeout_s=args.exit_timeout_s + CONTROLLER_MARGIN_S,
     )
     router = serve.deployment(
         serve.ingress()(Router),

@@ -5,6 +5,7 @@ Knows nothing of versions' states; blocking calls, made by the Controller in thr
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -35,12 +36,30 @@ def application_name(model_name: str, version: int, generation: int) -> str:
     return f"{PREFIX}.{escaped}.{version}.{generation}"
 
 
-def parse_application(name: str) -> tuple[str, int] | None:
-    """Model and version of an application of ours, None for any other."""
+def is_model(name: str) -> bool:
+    """Whether an application of this name is one of ours."""
     parts = name.split(".")
-    if len(parts) != 4 or parts[0] != PREFIX or not parts[2].isdigit() or not parts[3].isdigit():
-        return None
-    return unquote(parts[1].replace("=", "%")), int(parts[2])
+    return len(parts) == 4 and parts[0] == PREFIX and parts[2].isdigit() and parts[3].isdigit()
+
+
+def parse_application(name: str) -> tuple[str, int]:
+    """Model and version of an application of ours."""
+    _, model, version, _ = name.split(".")
+    return unquote(model.replace("=", "%")), int(version)
+
+
+def fingerprint(
+    content_hash: str, placements: Sequence[GroupPlacement], settings: ServerSettings
+) -> str:
+    """Equal when a new load would make the very same replicas."""
+    facts = (
+        content_hash,
+        [(p, sorted(p.resources.items())) for p in placements],
+        sorted(settings.environment.items()),
+        settings.max_execution_s,
+        settings.logical_gpus,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def gpu_count() -> int:
@@ -95,17 +114,30 @@ def waiting_for(placements: Sequence[GroupPlacement]) -> str:
 
 
 def delete(name: str) -> None:
-    """Drain and delete, within Serve's grace; a missing application is fine."""
-    serve.delete(name, _blocking=True)
+    """Have Serve drain and delete it, within its grace; a missing application is fine."""
+    serve.delete(name, _blocking=False)
 
 
-def live() -> list[str]:
-    """Names of our model applications that Serve runs or starts."""
-    return [
-        name
+def exists(name: str) -> bool:
+    return name in serve.status().applications
+
+
+def live() -> dict[str, dict[str, int]]:
+    """Our model applications that Serve runs or starts, newest first, with their deployments and
+    how many replicas each has."""
+    found = {
+        name: {
+            deployment: sum(one.replica_states.values())
+            for deployment, one in status.deployments.items()
+        }
         for name, status in serve.status().applications.items()
-        if parse_application(name) is not None and status.status != "DELETING"
-    ]
+        if is_model(name) and status.status != "DELETING"
+    }
+    return {name: found[name] for name in sorted(found, key=_generation_of, reverse=True)}
+
+
+def _generation_of(name: str) -> int:
+    return int(name.rpartition(".")[2])
 
 
 def is_deleting(name: str) -> bool:

@@ -25,7 +25,7 @@ class Generation:
 
     application: str
     config: ModelConfig
-    content_hash: str
+    fingerprint: str
     replicas: Mapping[str, int]
     reports: dict[str, ReplicaReport] = field(default_factory=dict)
     seen_s: dict[str, float] = field(default_factory=dict)
@@ -69,6 +69,10 @@ class Generation:
             sum(1 for _ in self._live(name)) >= count for name, count in self.replicas.items()
         )
 
+    def broken(self) -> bool:
+        """Replacements of dead replicas do not load, and nobody else serves."""
+        return bool(self.error()) and not any(target.slots for target in self.targets())
+
     def error(self) -> str:
         return next((report.error for report in self.reports.values() if report.error), "")
 
@@ -88,11 +92,14 @@ class Version:
 
     def snapshot(self) -> VersionSnapshot:
         current = self.current
+        state, reason = self.state, self.reason
+        if state is ModelState.READY and current is not None and current.broken():
+            state, reason = ModelState.UNAVAILABLE, current.error()
         return VersionSnapshot(
             model_name=self.model_name,
             version=self.number,
-            state=self.state,
-            reason=self.reason,
+            state=state,
+            reason=reason,
             config=current.config if current else None,
             application=current.application if current else "",
             targets=current.targets() if current else (),

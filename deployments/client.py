@@ -8,6 +8,7 @@ replica has ended, and says it in our errors. Called by the Batcher.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,8 @@ class HandleClient:
         by_reference_bytes: int,
         limit_s: float,
     ) -> None:
-        handle = serve.get_deployment_handle(deployment, application)
+        # Unchecked: the check would be a blocking call to Serve's controller on the Router's loop.
+        handle = serve.get_deployment_handle(deployment, application, _check_exists=False)
         self._by_value = handle.options(_by_reference=False)
         self._by_reference = handle.options(_by_reference=True)
         self._model_name = model_name
@@ -113,7 +115,10 @@ class HandleClient:
             self._reply_bytes_per_row = max(size / rows, self._reply_bytes_per_row * 0.9)
 
     async def aclose(self) -> None:
-        """Handles are shared per process and need no closing."""
+        """Lets Serve's part of the handle go: it follows the deployment until told not to."""
+        for handle in (self._by_value, self._by_reference):
+            with contextlib.suppress(Exception):  # an application that is gone has nothing to close
+                await handle.shutdown_async()
 
 
 async def _result(response: Any) -> Any:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -33,6 +33,7 @@ logger = logging.getLogger("ray.serve")
 
 LONG_POLL_S = 2.0
 TICK_S = 0.5
+RETRY_S = 1.0
 MAX_MESSAGES = 2000
 
 
@@ -44,7 +45,7 @@ class Controller:
     ) -> None:
         self._settings = settings
         self._application = serve.get_replica_context().app_name
-        _check_cluster(settings)
+        await asyncio.to_thread(_check_cluster, settings)
         repository = Repository(settings.model_repository)
         repository.check()
         self._catalogue = Catalogue(epoch=time.time_ns())
@@ -60,17 +61,21 @@ class Controller:
             self._announce,
             self._tell,
         )
+        self._first_pass_over = False
         self._aggregator = Aggregator()
         self._counted: set[VersionKey] = set()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._start()), loop.create_task(self._tick())]
 
     async def _start(self) -> None:
-        try:
-            await self._lifecycle.start()
-        except Exception:
-            logger.exception("the first load pass failed")
-        self._catalogue.started = True
+        while True:
+            try:
+                await self._lifecycle.start()
+                break
+            except Exception:  # of Serve's controller, say; an empty server must not seem ready
+                logger.exception("the first load pass failed, and is tried again")
+                await asyncio.sleep(RETRY_S)
+        self._first_pass_over = self._catalogue.started = True
         await self._announce()
 
     def _tell(self, text: str) -> None:
@@ -106,6 +111,8 @@ class Controller:
             stale = [g.drop_stale(now_s) for _, g in self._catalogue.generations()]
             if any(stale):
                 await self._announce()
+            for router_id in self._lifecycle.silent_routers():
+                self._aggregator.retire(router_id)
 
     # --- replicas --------------------------------------------------------------------------------
 
@@ -126,14 +133,20 @@ class Controller:
         `in_use` are the applications that the Router may still call: they are not deleted.
         """
         self._lifecycle.seen(router_id, epoch, sequence, in_use)
-        known = epoch == self._catalogue.epoch and sequence == self._catalogue.sequence
-        if known:
-            with contextlib.suppress(asyncio.TimeoutError):
-                async with self._changed:
-                    await asyncio.wait_for(self._changed.wait(), LONG_POLL_S)
-        if epoch == self._catalogue.epoch and sequence == self._catalogue.sequence:
+        catalogue = self._catalogue
+
+        def news() -> bool:
+            return epoch != catalogue.epoch or sequence != catalogue.sequence
+
+        try:
+            await asyncio.wait_for(self._wait(news), LONG_POLL_S)
+        except asyncio.TimeoutError:
             return None
-        return self._catalogue.snapshot(self._settings.strict_readiness)
+        return catalogue.snapshot(self._settings.strict_readiness)
+
+    async def _wait(self, news: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(news)
 
     async def push(self, router_id: str, delta: Delta, lost: tuple[str, ...]) -> None:
         """A Router's counters since its last flush, and applications where it lost a call."""
@@ -167,6 +180,7 @@ class Controller:
             raise ControlDisabled()
         if self._catalogue.closing:
             raise ShuttingDown()
+        self._check_started()
         check_model_name(name)
         if verb == "load":
             await self._lifecycle.load(name, parameters)
@@ -185,11 +199,12 @@ class Controller:
 
     async def started(self) -> tuple[bool, bool]:
         """Whether the first pass is over, and whether some model failed in it."""
-        return self._catalogue.started, bool(self._catalogue.failed())
+        return self._first_pass_over, bool(self._catalogue.failed())
 
     async def messages(self, seen: int) -> tuple[int, tuple[str, ...]]:
         """How many lines were told so far, and those after the first `seen`, as far as kept."""
-        new = min(self._told_count - seen, len(self._told))
+        fresh = self._told_count - seen if seen <= self._told_count else self._told_count
+        new = min(fresh, len(self._told))
         return self._told_count, tuple(self._told)[len(self._told) - new :]
 
     async def close(self) -> None:
@@ -206,12 +221,14 @@ class Controller:
         """Models go with the application, and stay when only this process is replaced."""
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if not hasattr(self, "_tasks"):
+            return  # the constructor failed
         if await asyncio.to_thread(applications.is_deleting, self._application):
             # Routers first: what they have accepted still needs the models.
             while await asyncio.to_thread(applications.has_replicas, self._application, "Router"):
                 await asyncio.sleep(0.1)
             for name in await asyncio.to_thread(applications.live):
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception):  # the others must go all the same
                     await asyncio.to_thread(applications.delete, name)
 
 

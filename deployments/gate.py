@@ -91,19 +91,30 @@ class Gate:
         if self._scheduler.full:
             raise QueueFull(self._model_name, self._policy.max_requests)
         reply: asyncio.Future[MemberResult] = asyncio.get_running_loop().create_future()
-        entry = Entry(rows, key, self._clock(), inputs, outputs, reply)
+        entry = Entry(rows, key, self._clock(), inputs, outputs, reply, self)
         if self._policy.preserve_ordering:
             self._ordered.append(entry)
         self._scheduler.add(entry)
         self._pump()
         if entry.waiting:
-            reply.add_done_callback(partial(self._withdraw, entry))
+            reply.add_done_callback(partial(_leave, entry))
         return reply
 
     def resize(self, slots: int) -> None:
         """Batches that run go on, also above the new number."""
         self._slots = slots
         self._pump()
+
+    def hand_over(self, successor: Gate) -> None:
+        """What waits here waits there from now on; what runs is answered here.
+
+        Both must take the same requests, and the successor must not have any yet.
+        """
+        for entry in self._scheduler.clear():
+            entry.owner = successor
+            successor._scheduler.add(entry)
+        self._rest()
+        successor._pump()
 
     def close(self, error: MantaError) -> None:
         """Fails what waits and refuses what comes; batches that run are answered."""
@@ -232,7 +243,7 @@ class Gate:
                 again.append(entry)
         self._scheduler.put_back(Group(tuple(again), group.released_ns))
         for entry in again:
-            entry.reply.add_done_callback(partial(self._withdraw, entry))
+            entry.reply.add_done_callback(partial(_leave, entry))
         self._frozen += 1
         loop = asyncio.get_running_loop()
         loop.call_later(self._backoff_s, self._thaw, context=contextvars.Context())
@@ -311,6 +322,11 @@ class Gate:
             for drained in drains:
                 if not drained.done():
                     drained.set_result(None)
+
+
+def _leave(entry: Entry, reply: asyncio.Future[MemberResult]) -> None:
+    """A client is gone, or its request answered, while it may still wait; in whichever gate."""
+    entry.owner._withdraw(entry, reply)
 
 
 def _answered(now_ns: int) -> None:

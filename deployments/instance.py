@@ -134,6 +134,8 @@ class Instance:
                 return
             try:
                 result = work()
+            except SystemExit as error:  # a model that calls sys.exit ends its load, not the server
+                future.set_exception(RuntimeError(f"the model called sys.exit({error.code!r})"))
             except BaseException as error:
                 future.set_exception(error)
             else:

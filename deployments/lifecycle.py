@@ -8,48 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from configs.complete import normalise
 from configs.errors import ConfigError
-from configs.model import ModelConfig
-from configs.placement import GroupPlacement
 from configs.server import ServerSettings
 
 from . import applications
 from .applications import BindModel
 from .catalogue import Catalogue, Generation, Version
 from .errors import Internal, LoadFailed, MantaError, Unsupported
-from .repository import Found, Repository
-from .types import ModelState, ReplicaReport, ReplicaSpec
+from .planner import UNEXPECTED, Plan, Planner
+from .repository import Repository
+from .types import ModelState, ReplicaReport
 
 logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
 ADOPTION_S = 5.0
 ROUTER_SILENT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One version, read and placed, ready to be deployed."""
-
-    found: Found
-    number: int
-    config: ModelConfig
-    placements: tuple[GroupPlacement, ...]
-    content_hash: str
-    labels: Mapping[str, tuple[str, ...]]
-
-    @property
-    def cpu_instances(self) -> int:
-        return sum(p.replicas * p.instances for p in self.placements if p.kind == "KIND_CPU")
+CATCH_UP_S = 5.0
+# Beyond the limits of queue and execution, which a Router keeps itself.
+DRAIN_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -74,46 +57,50 @@ class Lifecycle:
         self._settings = settings
         self._repository = repository
         self._catalogue = catalogue
+        self._planner = Planner(settings, repository, application)
         self._bind_model = bind_model
-        self._application = application
         self._announce = announce
         self._tell = tell
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads = asyncio.Semaphore(settings.model_load_thread_count)
         self._routers: dict[str, _Seen] = {}
         self._strays: dict[str, dict[str, ReplicaReport]] = defaultdict(dict)
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # --- the first pass --------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Load what the settings ask for; adopt applications that an earlier Controller left."""
+        """Adopt what an earlier Controller left running, then load what the settings ask for."""
         running = await asyncio.to_thread(applications.live)
         await self._await_strays(running)
-        found = {one.name: one for one in await asyncio.to_thread(self._repository.scan)}
-        names = self._wanted(found, running)
-        for name in found:
-            if name not in names:
-                self._catalogue.version(name, 0)
+        left_over = [name for name in running if not self._adopt(name, running[name])]
+        self._strays.clear()
+        if running:  # Routers know what is adopted; the rest of the pass is like any other load
+            self._catalogue.started = True
+            await self._announce()
+        found = await asyncio.to_thread(self._repository.scan)
+        names = self._wanted([one.name for one in found], list(running))
+        for one in found:
+            if one.name not in names:
+                self._catalogue.version(one.name, 0)
         plans = await asyncio.gather(*(self._prepare_noting(name) for name in names))
         cpu_instances = sum(plan.cpu_instances for model in plans for plan in model)
         await asyncio.gather(
-            *(self._load_version(plan, cpu_instances) for model in plans for plan in model),
-            return_exceptions=True,
+            *(self._load_all(name, p, cpu_instances) for name, p in zip(names, plans, strict=True))
         )
-        current = {g.application for _, g in self._catalogue.generations()}
-        for name in running:
-            if name not in current:
-                await asyncio.to_thread(applications.delete, name)
-        self._strays.clear()
+        for name in left_over:
+            self._own(self._drain(name, None, self._catalogue.sequence))
 
-    def _wanted(self, found: Mapping[str, Found], running: Sequence[str]) -> list[str]:
-        if self._settings.model_control_mode == "none" or self._settings.load_model == ("*",):
+    def _wanted(self, found: list[str], running: list[str]) -> list[str]:
+        if self._settings.model_control_mode == "none":
             return sorted(found)
-        left = [parsed[0] for parsed in map(applications.parse_application, running) if parsed]
-        return sorted({*self._settings.load_model, *left})
+        if running:  # a restart: what clients have loaded and unloaded since counts
+            return sorted({name for name, _ in map(applications.parse_application, running)})
+        if self._settings.load_model == ("*",):
+            return sorted(found)
+        return sorted(set(self._settings.load_model))
 
-    async def _await_strays(self, running: Sequence[str]) -> None:
+    async def _await_strays(self, running: Mapping[str, Mapping[str, int]]) -> None:
         """Replicas report every second; give those of running applications time to be heard."""
         deadline_s = time.monotonic() + ADOPTION_S
         while time.monotonic() < deadline_s and not all(self._strays[name] for name in running):
@@ -124,90 +111,95 @@ class Lifecycle:
         if not self._catalogue.started and not report.draining:
             self._strays[report.application][report.replica_id] = report
 
+    def _adopt(self, application: str, replicas: Mapping[str, int]) -> bool:
+        """Take over a running application as it is; whether it is still what is wanted, and what
+        is on disk, the load that follows finds out."""
+        reports = [r for r in self._strays[application].values() if r.loaded]
+        name, number = applications.parse_application(application)
+        version = self._catalogue.version(name, number)
+        if not reports or version.current is not None:
+            return False
+        first = reports[0]
+        generation = Generation(application, first.config, first.fingerprint, dict(replicas))
+        for report in reports:
+            generation.note(report, time.monotonic())
+        version.current, version.state, version.reason = generation, ModelState.READY, ""
+        self._tell(f"model '{name}' version {number} is adopted")
+        return True
+
     async def _prepare_noting(self, name: str) -> list[Plan]:
         try:
             return await self._prepare(name)
         except (ConfigError, MantaError) as error:
-            version = self._catalogue.version(name, 0)
-            version.state, version.reason = ModelState.UNAVAILABLE, str(error)
-            self._tell(f"model '{name}': {error}")
-            return []
+            self._note_failure(name, str(error))
+        except Exception:
+            logger.exception("model %s could not be read", name)
+            self._note_failure(name, UNEXPECTED)
+        return []
 
     async def _prepare(self, name: str) -> list[Plan]:
-        """Read and place all versions that the policy selects. Raises ConfigError or ours."""
-        found = await asyncio.to_thread(self._repository.find, name)
-        if found.error:
-            raise ConfigError(found.error)
-        gpus = await asyncio.to_thread(applications.gpu_count)
-        config = await asyncio.to_thread(self._repository.read_config, found)
-        numbers, missing = self._repository.select_versions(config, found.versions)
-        plans = []
-        for number in numbers:
-            try:
-                plans.append(await asyncio.to_thread(self._plan, found, number, config, gpus))
-            except (ConfigError, MantaError) as error:
-                missing = {**missing, number: str(error)}
-        for number, reason in missing.items():
+        """The versions to load; those that cannot be are noted. Raises ConfigError or ours."""
+        plans, failed = await asyncio.to_thread(self._planner.plan, name)
+        self._forget_others(name, {plan.number for plan in plans} | set(failed))
+        for number, reason in failed.items():
             version = self._catalogue.version(name, number)
             if version.current is None:
                 version.state, version.reason = ModelState.UNAVAILABLE, reason
             self._tell(f"model '{name}' version {number}: {reason}")
-        if plans or missing:
-            self._catalogue.forget(name, 0)
         return plans
 
-    def _plan(self, found: Found, number: int, config: ModelConfig, gpus: int) -> Plan:
-        repository = self._repository
-        try:
-            normal = normalise(config, repository.first_files(found), gpus > 0)
-            placements = applications.place(normal, self._settings, gpus)
-        except ConfigError as error:
-            raise repository.explain(found, error) from None
-        repository.artifact(found, number, normal)  # refuses a missing file by name
-        return Plan(
-            found=found,
-            number=number,
-            config=normal,
-            placements=placements,
-            content_hash=repository.content_hash(found, number, normal),
-            labels=repository.labels(found, normal),
-        )
+    def _forget_others(self, name: str, selected: set[int]) -> None:
+        """What the policy no longer selects and nothing serves has no say any more."""
+        for version in self._catalogue.versions(name):
+            idle = version.current is None and version.loading is None
+            if version.number not in selected and idle and version.reason != "unloaded":
+                if version.state is not ModelState.UNLOADING:
+                    self._catalogue.forget(name, version.number)
 
     # --- load and unload -------------------------------------------------------------------------
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """All versions that the policy selects; succeeds only if each of them is READY."""
+        """All versions that the policy selects; succeeds only if each of them is READY.
+
+        A caller that leaves does not stop it: half a load would be neither.
+        """
         if parameters:
             raise Unsupported(f"load parameter '{next(iter(parameters))}' is not supported")
+        if not await asyncio.to_thread(self._repository.contains, name):
+            raise Internal(f"failed to load '{name}', failed to poll from model repository")
+        await asyncio.shield(self._own(self._load(name)))
+
+    async def _load(self, name: str) -> None:
+        try:
+            plans = await self._prepare(name)
+        except ConfigError as error:
+            self._note_failure(name, str(error))
+            await self._announce()
+            raise LoadFailed(name, str(error)) from error
+        others = sum(sum(g.replicas.values()) for _, g in self._catalogue.generations())
+        failed = await self._load_all(name, plans, others + sum(p.cpu_instances for p in plans))
+        if failed:
+            raise LoadFailed(name, " ".join(failed))
+        await self._routers_reach(self._catalogue.sequence)
+
+    async def _load_all(self, name: str, plans: list[Plan], cpu_instances: int) -> list[str]:
+        """Loads the plans of one model, retires what is not among them; what failed, in words."""
         async with self._locks[name]:
-            if not await asyncio.to_thread(self._repository.contains, name):
-                raise Internal(f"failed to load '{name}', failed to poll from model repository")
-            try:
-                plans = await self._prepare(name)
-            except ConfigError as error:
-                self._note_failure(name, str(error))
-                await self._announce()
-                raise LoadFailed(name, str(error)) from error
-            others = sum(
-                sum(generation.replicas.values()) for _, generation in self._catalogue.generations()
-            )
-            wanted = {plan.number for plan in plans}
-            results = await asyncio.gather(
-                *(self._load_version(p, others + p.cpu_instances) for p in plans),
-                return_exceptions=True,
-            )
-            failed = [str(result) for result in results if isinstance(result, Exception)]
-            failed += [
-                f"version {v.number} is at UNAVAILABLE state: {v.reason};"
-                for v in self._catalogue.versions(name)
-                if v.number not in wanted and v.current is None and v.reason != "unloaded"
-            ]
-            if failed:
-                await self._announce()
-                raise LoadFailed(name, " ".join(failed))
+            reasons = await asyncio.gather(*(self._load_version(p, cpu_instances) for p in plans))
+            for plan, reason in zip(plans, reasons, strict=True):
+                if reason:
+                    self._tell(f"model '{name}' version {plan.number}: {reason}")
+            planned = {plan.number for plan in plans}
+            failed = {p.number: r for p, r in zip(plans, reasons, strict=True) if r}
             for version in self._catalogue.versions(name):
-                if version.number not in wanted and version.current is not None:
+                if version.number in planned:
+                    continue
+                if version.current is not None and plans and not failed:
                     await self._retire_version(version)
+                elif version.state is ModelState.UNAVAILABLE and version.reason != "unloaded":
+                    failed[version.number] = version.reason
+            await self._announce()
+        return [f"version {n} is at UNAVAILABLE state: {r};" for n, r in sorted(failed.items())]
 
     def _note_failure(self, name: str, reason: str) -> None:
         """A configuration that cannot be read: what serves goes on serving."""
@@ -218,52 +210,60 @@ class Lifecycle:
 
     async def unload(self, name: str) -> None:
         """Begin to unload all versions; returns at once, the model drains behind."""
+        known = self._catalogue.versions(name)
+        if not known:
+            return
         async with self._locks[name]:
             for version in self._catalogue.versions(name):
                 if version.current is not None:
                     await self._retire_version(version)
-                elif version.number:
+                elif version.state is not ModelState.UNLOADING and version.number:
                     version.state, version.reason = ModelState.UNAVAILABLE, "unloaded"
+            self._catalogue.forget(name, 0)
             await self._announce()
+        await self._routers_reach(self._catalogue.sequence)
 
     async def _retire_version(self, version: Version) -> None:
         generation, version.current = version.current, None
         version.state, version.reason = ModelState.UNLOADING, ""
         await self._announce()
         if generation is not None:
-            self._retire(generation, version)
+            self._own(self._drain(generation.application, version, self._catalogue.sequence))
 
-    async def _load_version(self, plan: Plan, cpu_instances: int) -> None:
-        """One version to READY, beside whatever serves; raises MantaError when it fails."""
+    async def _load_version(self, plan: Plan, cpu_instances: int) -> str:
+        """One version to READY, beside whatever serves; "" or why it did not come about."""
         version = self._catalogue.version(plan.found.name, plan.number)
         version.labels = plan.labels
-        if version.current is not None and version.current.content_hash == plan.content_hash:
-            return
-        if self._adopt(version, plan):
-            return
+        if version.current is not None and version.current.fingerprint == plan.fingerprint:
+            return ""
         if version.current is None:
             version.state, version.reason = ModelState.LOADING, ""
-            await self._announce()
         generation = self._generation(plan)
         version.loading = generation
-        async with self._threads:
-            started_s = time.monotonic()
-            reason = await self._bring_up(generation, plan, cpu_instances)
-        version.loading = None
+        await self._announce()
+        reason = UNEXPECTED
+        try:
+            async with self._threads:
+                started_s = time.monotonic()
+                reason = await self._bring_up(generation, plan, cpu_instances)
+        except Exception:
+            logger.exception("loading %s failed", generation.application)
+        finally:
+            version.loading = None
+            if reason:
+                self._own(self._drain(generation.application, None, 0))
         if reason:
-            self._tell(f"model '{plan.found.name}' version {plan.number}: {reason}")
-            await asyncio.to_thread(applications.delete, generation.application)
             if version.current is None:
                 version.state, version.reason = ModelState.UNAVAILABLE, reason
-            await self._announce()
-            raise Internal(f"version {plan.number} is at UNAVAILABLE state: {reason};")
+            return reason
         old, version.current = version.current, generation
         version.state, version.reason = ModelState.READY, ""
         version.load_duration_s = time.monotonic() - started_s
         self._tell_loaded(plan, generation, version.load_duration_s)
         await self._announce()
         if old is not None:
-            self._retire(old, None)
+            self._own(self._drain(old.application, None, self._catalogue.sequence))
+        return ""
 
     def _tell_loaded(self, plan: Plan, generation: Generation, duration_s: float) -> None:
         """Once per version, however many replicas said the same."""
@@ -274,33 +274,15 @@ class Lifecycle:
         groups = ", ".join(f"{t.deployment} x {t.slots}" for t in generation.targets())
         self._tell(f"{place} is READY after {duration_s:.1f} s ({groups})")
 
-    def _adopt(self, version: Version, plan: Plan) -> bool:
-        """Take over a running application that serves exactly what is on disk."""
-        for application, reports in self._strays.items():
-            parsed = applications.parse_application(application)
-            fresh = all(r.content_hash == plan.content_hash for r in reports.values())
-            if parsed != (plan.found.name, plan.number) or not reports or not fresh:
-                continue
-            generation = self._generation(plan, application)
-            for report in reports.values():
-                generation.note(report, time.monotonic())
-            if generation.error():
-                continue
-            version.current, version.state, version.reason = generation, ModelState.READY, ""
-            self._tell(f"model '{plan.found.name}' version {plan.number} is adopted")
-            return True
-        return False
-
-    def _generation(self, plan: Plan, application: str = "") -> Generation:
-        name = application or applications.application_name(
-            plan.found.name, plan.number, applications.generation_number()
-        )
+    def _generation(self, plan: Plan) -> Generation:
+        number = applications.generation_number()
+        name = applications.application_name(plan.found.name, plan.number, number)
         replicas = {p.deployment: p.replicas for p in plan.placements}
-        return Generation(name, plan.config, plan.content_hash, replicas)
+        return Generation(name, plan.config, plan.fingerprint, replicas)
 
     async def _bring_up(self, generation: Generation, plan: Plan, cpu_instances: int) -> str:
         """Deploy and wait for every replica's word; the reason when it does not come about."""
-        specs = self._specs(generation, plan, cpu_instances)
+        specs = self._planner.specs(plan, generation.application, cpu_instances)
         app = self._bind_model(specs, plan.placements, self._settings)
         try:
             await asyncio.to_thread(applications.deploy, generation.application, app)
@@ -325,68 +307,69 @@ class Lifecycle:
             await asyncio.sleep(POLL_S)
         return ""
 
-    def _specs(self, generation: Generation, plan: Plan, cpu_instances: int) -> list[ReplicaSpec]:
-        threads = max(1, available_cpus() // max(1, cpu_instances))
-        return [
-            ReplicaSpec(
-                controller_application=self._application,
-                application=generation.application,
-                deployment=placement.deployment,
-                repository=str(Path(plan.found.path).parent),
-                model_name=plan.found.name,
-                version=plan.number,
-                config=plan.config,
-                content_hash=plan.content_hash,
-                kind=placement.kind,
-                gpu=placement.gpu,
-                instances=placement.instances,
-                threads=threads,
-                max_execution_s=self._settings.max_execution_s,
-                logical_gpus=self._settings.logical_gpus,
-                environment=self._settings.environment,
-            )
-            for placement in plan.placements
-        ]
-
     # --- what may go -----------------------------------------------------------------------------
 
     def seen(self, router_id: str, epoch: int, sequence: int, in_use: tuple[str, ...]) -> None:
         self._routers[router_id] = _Seen(time.monotonic(), epoch, sequence, in_use)
 
-    def _retire(self, generation: Generation, version: Version | None) -> None:
-        task = asyncio.get_running_loop().create_task(
-            self._drain(generation, version, self._catalogue.sequence)
-        )
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+    def silent_routers(self) -> list[str]:
+        """Routers that are gone; each is told once."""
+        now_s = time.monotonic()
+        silent = [r for r, seen in self._routers.items() if now_s - seen.at_s > ROUTER_SILENT_S]
+        for router_id in silent:
+            del self._routers[router_id]
+        return silent
 
-    async def _drain(self, generation: Generation, version: Version | None, sequence: int) -> None:
-        """Delete once every Router has let go, or the grace is over."""
-        deadline_s = time.monotonic() + self._settings.exit_timeout_s
-        while time.monotonic() < deadline_s and self._used(generation.application, sequence):
+    async def _routers_reach(self, sequence: int) -> None:
+        """What a client has loaded must be there whichever Router its next request meets."""
+        deadline_s = time.monotonic() + CATCH_UP_S
+        while time.monotonic() < deadline_s and self._behind(sequence):
+            await asyncio.sleep(POLL_S / 10)
+
+    def _behind(self, sequence: int) -> bool:
+        epoch = self._catalogue.epoch
+        return any(s.epoch != epoch or s.sequence < sequence for s in self._routers.values())
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that nobody's leaving cancels."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if not isinstance(error, MantaError):
+                logger.error("a task of the lifecycle failed", exc_info=error)
+
+    async def _drain(self, application: str, version: Version | None, sequence: int) -> None:
+        """Delete once every Router has let go, or its limits are over; then tell the version."""
+        settings = self._settings
+        limit_s = settings.max_queue_s + settings.max_execution_s + DRAIN_MARGIN_S
+        deadline_s = time.monotonic() + limit_s
+        while time.monotonic() < deadline_s and self._used(application, sequence):
             await asyncio.sleep(POLL_S)
-        await asyncio.to_thread(applications.delete, generation.application)
+        await self._delete(application, settings.exit_timeout_s + DRAIN_MARGIN_S)
         if version is not None and version.current is None and version.loading is None:
-            version.state, version.reason = ModelState.UNAVAILABLE, "unloaded"
+            if version.state is ModelState.UNLOADING:
+                version.state, version.reason = ModelState.UNAVAILABLE, "unloaded"
             await self._announce()
 
+    async def _delete(self, application: str, limit_s: float) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while time.monotonic() < deadline_s:
+            try:
+                await asyncio.to_thread(applications.delete, application)
+                if not await asyncio.to_thread(applications.exists, application):
+                    return
+            except Exception as error:  # Serve's controller may be restarting
+                logger.warning("application %s is not deleted yet: %s", application, error)
+            await asyncio.sleep(POLL_S * 5)
+
     def _used(self, application: str, sequence: int) -> bool:
-        now_s = time.monotonic()
+        epoch = self._catalogue.epoch
         return any(
-            seen.epoch != self._catalogue.epoch
-            or seen.sequence < sequence
-            or application in seen.in_use
-            for seen in self._routers.values()
-            if now_s - seen.at_s < ROUTER_SILENT_S
+            s.epoch != epoch or s.sequence < sequence or application in s.in_use
+            for s in self._routers.values()
         )
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: affinity, and the cgroup's quota where there is one."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpus = affinity or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))

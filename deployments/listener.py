@@ -179,9 +179,11 @@ class Listener:
         self._http: list[HttpListener] = []
         self._grpc: list[GrpcListener] = []
         self.ports: dict[str, int] = {}
+        by_router = settings.listener == "router"
         claims: list[PortClaim] = []
         try:
-            for edge in ("http", "grpc", "metrics"):
+            # With Serve's own proxy in front only the metrics are ours.
+            for edge in ("http", "grpc", "metrics") if by_router else ("metrics",):
                 if getattr(settings, f"allow_{edge}"):
                     address = getattr(settings, f"{edge}_address")
                     claims.append(PortClaim(address, getattr(settings, f"{edge}_port"), owner))

@@ -33,6 +33,9 @@ MAX_LOG_LINES = 200
 HEARTBEAT_S = 1.0
 # An idle instance that has not run a no-op for this long does not move any more.
 IDLE_LIMIT_S = 30.0
+# A model that does not load is the Controller's to remove. A replica that stands in for a dead one
+# has nobody who would: after this long Serve may try again.
+ERROR_LIMIT_S = 15.0
 
 
 class ModelReplica:
@@ -53,7 +56,6 @@ class ModelReplica:
         self._log = _LoadLog()
         self._draining = False
         self._load_duration_s = 0.0
-        self._epoch = time.time_ns()
         context = get_runtime_context()
         self._node_id = context.get_node_id()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -68,7 +70,8 @@ class ModelReplica:
         except Exception as error:
             logger.exception("model %s did not load", spec.model_name)
             self._error = f"failed to load model '{spec.model_name}': {_without_paths(error, spec)}"
-        self._load_duration_s = time.monotonic() - started
+        self._loaded_s = time.monotonic()
+        self._load_duration_s = self._loaded_s - started
         for instance in self._instances:
             self._free.put_nowait(instance)
         self._heart = asyncio.get_running_loop().create_task(self._heartbeat())
@@ -80,7 +83,8 @@ class ModelReplica:
         spec = self._spec
         repository = Repository((spec.repository,))
         found = repository.find(spec.model_name)
-        if repository.content_hash(found, spec.version, spec.config) != spec.content_hash:
+        digest = await asyncio.to_thread(repository.content_hash, found, spec.version, spec.config)
+        if digest != spec.content_hash:
             raise ConfigError(
                 f"version {spec.version} on this node differs from what the Controller read",
                 file=f"{spec.model_name}/{spec.version}",
@@ -153,6 +157,8 @@ class ModelReplica:
         stuck = self._stuck()
         if stuck:
             raise RuntimeError(stuck)
+        if self._error and time.monotonic() - self._loaded_s > ERROR_LIMIT_S:
+            raise RuntimeError(self._error)
 
     def _stuck(self) -> str:
         now_ns = time.monotonic_ns()
@@ -197,10 +203,9 @@ class ModelReplica:
             replica_id=self._replica_id,
             node_id=self._node_id,
             pid=os.getpid(),
-            epoch=self._epoch,
             instances=len(self._instances),
             device=_device(spec),
-            content_hash=spec.content_hash,
+            fingerprint=spec.fingerprint,
             config=spec.config,
             error=self._error,
             loaded=not self._error,
@@ -275,5 +280,8 @@ def _is_fatal(error: BaseException) -> bool:
 
 
 def _without_paths(error: BaseException, spec: ReplicaSpec) -> str:
-    """The error's own words, with the repository's place on this host taken out."""
-    return str(error).replace(os.path.realpath(spec.repository), "").replace(spec.repository, "")
+    """The error's own words, with places on this host taken out."""
+    from .runtimes.faults import clean_text
+
+    text = clean_text(error)
+    return text.replace(os.path.realpath(spec.repository), "").replace(spec.repository, "")

@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray import get_runtime_context, serve
 from ray.exceptions import RayTaskError
 
+from configs.model import ModelConfig
 from configs.server import ServerSettings
 
 from . import grpc_stubs
@@ -35,6 +37,7 @@ logger = logging.getLogger("ray.serve")
 
 FLUSH_S = 1.0
 RETRY_S = 0.2
+JOIN_S = 5.0
 # Questions to the Controller that it answers at once, unless it is being replaced.
 ANSWER_S = 10.0
 
@@ -57,13 +60,22 @@ class _Watched:
         await self._client.aclose()
 
 
+@dataclass(frozen=True, slots=True)
 class _Line:
     """The way to one running application: queue, batch call, deployments."""
 
-    def __init__(self, key: VersionKey, gate: Gate, pool: Pool) -> None:
-        self.key = key
-        self.gate = gate
-        self.pool = pool
+    key: VersionKey
+    config: ModelConfig
+    gate: Gate
+    pool: Pool
+
+    def takes_over_from(self, other: _Line) -> bool:
+        """The same version loaded anew, for the very same requests."""
+        mine, theirs = self.config, other.config
+        return self.key[:2] == other.key[:2] and (
+            (mine.input, mine.output, mine.max_batch_size)
+            == (theirs.input, theirs.output, theirs.max_batch_size)
+        )
 
 
 class Router:
@@ -86,13 +98,13 @@ class Router:
         self._http = HttpApp(self._inference, settings)
         self.grpc_verbs = GrpcServicer(self._inference)
         self._listener = self._claim(context.app_name)
+        self._opened = False
+        await self._join()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._follow()), loop.create_task(self._flush_forever())]
 
-    def _claim(self, app_name: str) -> Listener | None:
+    def _claim(self, app_name: str) -> Listener:
         """The ports, at once: a busy one fails the constructor, and with it the deployment."""
-        if self._settings.listener != "router":
-            return None
         owner = f"{get_runtime_context().gcs_address} {app_name}"
         return Listener(
             self._settings,
@@ -109,13 +121,23 @@ class Router:
 
     # --- following the Controller ----------------------------------------------------------------
 
+    async def _join(self) -> None:
+        """Where models serve already, this Router does too before another one leaves for it."""
+        with contextlib.suppress(Exception):  # a Controller that starts just now is followed later
+            snapshot = await asyncio.wait_for(_awaited(self._watch), JOIN_S)
+            if snapshot is not None and snapshot.started:
+                await self._take(snapshot)
+
+    def _watch(self) -> Awaitable[Snapshot | None]:
+        watch: Awaitable[Snapshot | None] = self._controller.watch.remote(
+            self._router_id, self._epoch, self._sequence, self._in_use()
+        )
+        return watch
+
     async def _follow(self) -> None:
-        opened = False
         while True:
             try:
-                snapshot = await self._controller.watch.remote(
-                    self._router_id, self._epoch, self._sequence, self._in_use()
-                )
+                snapshot = await self._watch()
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # it is being replaced: what is loaded goes on serving
@@ -124,13 +146,18 @@ class Router:
                 continue
             if snapshot is None:
                 continue
-            if self._lines and not snapshot.started and snapshot.epoch != self._epoch:
-                await asyncio.sleep(RETRY_S)  # a new Controller, still finding out what runs
+            held = (self._epoch, self._sequence)
+            new_and_unsure = snapshot.epoch != self._epoch and not snapshot.started
+            if (snapshot.epoch, snapshot.sequence) <= held or (self._lines and new_and_unsure):
+                await asyncio.sleep(RETRY_S)  # a new Controller is still finding out what runs
                 continue
-            self._apply(snapshot)
-            if snapshot.started and not opened and self._listener is not None:
-                await self._listener.open()
-                opened = True
+            await self._take(snapshot)
+
+    async def _take(self, snapshot: Snapshot) -> None:
+        self._apply(snapshot)
+        if snapshot.started and not self._opened:
+            self._opened = True
+            await self._listener.open()
 
     def _in_use(self) -> tuple[str, ...]:
         return (*self._lines, *self._draining)
@@ -141,9 +168,12 @@ class Router:
         self._epoch, self._sequence = snapshot.epoch, snapshot.sequence
         wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
         for application, version in wanted.items():
-            if application not in self._lines:
-                self._lines[application] = self._line(version)
-            line = self._lines[application]
+            try:
+                line = self._lines.get(application) or self._line(version)
+            except Exception:  # one model's trouble is not the others'
+                logger.exception("application %s cannot be reached", application)
+                continue
+            self._lines[application] = line
             line.pool.resize(version.targets)
             line.gate.resize(line.pool.slots)
         self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
@@ -176,23 +206,32 @@ class Router:
             slots=0,
             counters=self._recorder.counters(key),
         )
-        return _Line(key, gate, pool)
+        return _Line(key, config, gate, pool)
 
     def _let_go(self, application: str) -> None:
-        """No new requests reach it; what it has is answered, then the Controller may delete it."""
+        """No new requests reach it; what it has is answered, then the Controller may delete it.
+
+        What still waits goes to the line that takes over: the old replicas may be gone already.
+        """
         line = self._lines.pop(application)
+        for successor in self._lines.values():
+            if successor.takes_over_from(line):
+                line.gate.hand_over(successor.gate)
         task = asyncio.get_running_loop().create_task(self._drain_line(application, line))
         self._draining[application] = task
 
     async def _drain_line(self, application: str, line: _Line) -> None:
+        settings = self._settings
         try:
-            await asyncio.wait_for(line.gate.drain(), self._settings.exit_timeout_s)
+            await asyncio.wait_for(
+                line.gate.drain(), settings.max_queue_s + settings.max_execution_s
+            )
         except asyncio.TimeoutError:
             line.gate.close(Unavailable(f"model '{line.key.model}' was unloaded"))
         finally:
             await line.pool.aclose()
             self._recorder.discard(line.key)
-            del self._draining[application]
+            self._draining.pop(application, None)
 
     # --- counters --------------------------------------------------------------------------------
 
@@ -227,7 +266,6 @@ class Router:
             return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
         limit_s = self._settings.model_load_timeout_s + ANSWER_S
         await self._ask(lambda: self._controller.control.remote(verb, *args), limit_s)
-        await self._caught_up()
 
     async def _ask(self, ask: Callable[[], Awaitable[Any]], limit_s: float) -> Any:
         try:
@@ -242,30 +280,19 @@ class Router:
         except Exception as error:
             raise Unavailable("the server's controller is restarting; try again") from error
 
-    async def _caught_up(self) -> None:
-        """What was just loaded must be found by this client's next request."""
-        snapshot = await self._ask(
-            lambda: self._controller.watch.remote(self._router_id, 0, -1, self._in_use()),
-            ANSWER_S,
-        )
-        newer = snapshot is not None and snapshot.sequence > self._sequence
-        if newer and snapshot.epoch == self._epoch:
-            self._apply(snapshot)
-
     # --- health and the end ----------------------------------------------------------------------
 
     async def check_health(self) -> None:
         for task in self._tasks:
             if task.done():
                 raise RuntimeError("the Router no longer follows the Controller")
-        if self._listener is not None and not self._listener.alive():
+        if not self._listener.alive():
             raise RuntimeError("the Router's listener has stopped")
 
     async def drain(self) -> None:
         """Answer what was accepted and leave the ports; Serve knows nothing of the traffic."""
         self._http.leave()
-        if self._listener is not None:
-            await self._listener.drain()
+        await self._listener.drain()
         for line in self._lines.values():
             await line.gate.drain()
 

@@ -63,8 +63,8 @@ def policy(config: ModelConfig, settings: QueueLimits) -> BatchPolicy:
 class Entry:
     """One waiting request. Only entries with equal `key` may share a batch.
 
-    `inputs` and `outputs` are what the batch call needs, `reply` and `answer` belong to the Gate:
-    none of them is looked at here. `order` and `waiting` belong to the Scheduler.
+    `inputs` and `outputs` are what the batch call needs, `reply`, `owner` and `answer` belong to
+    the Gate: none of them is looked at here. `order` and `waiting` belong to the Scheduler.
     """
 
     rows: int
@@ -73,6 +73,7 @@ class Entry:
     inputs: tuple[Array | None, ...] = ()
     outputs: tuple[str, ...] = ()
     reply: Any = None
+    owner: Any = None
     answer: Any = None
     order: int = 0
     waiting: bool = False

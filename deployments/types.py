@@ -174,7 +174,7 @@ class Snapshot:
 class ReplicaReport:
     """What a replica tells the Controller, at registration and at every heartbeat.
 
-    `log` are the lines that it wrote while it loaded.
+    `fingerprint` is that of its spec; `log` are the lines that it wrote while it loaded.
     """
 
     application: str
@@ -182,10 +182,9 @@ class ReplicaReport:
     replica_id: str
     node_id: str
     pid: int
-    epoch: int
     instances: int
     device: str
-    content_hash: str
+    fingerprint: str
     config: ModelConfig
     error: str = ""
     loaded: bool = False
@@ -202,7 +201,8 @@ class ReplicaSpec:
     """What a replica needs to load one instance group of one model version by itself.
 
     The artifact is read from `repository`/`model_name`/`version` on the replica's own node and must
-    have `content_hash`. `gpu` is the listed index that the replica makes its only device.
+    have `content_hash`. `fingerprint` also covers placement and settings: two replicas of equal
+    fingerprint do the same. `gpu` is the listed index that the replica makes its only device.
     """
 
     controller_application: str
@@ -213,6 +213,7 @@ class ReplicaSpec:
     version: int
     config: ModelConfig
     content_hash: str
+    fingerprint: str
     kind: str
     gpu: int | None
     instances: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -87,7 +88,7 @@ def test_a_client_that_leaves_takes_nobody_along(server: Server, http: Any) -> N
     assert after["fail"] - before["fail"] == 1
 
 
-def test_a_grpc_deadline_withdraws_what_waits(server: Server, http: Any, grpc: Any) -> None:
+def test_a_grpc_deadline_withdraws_what_waits(server: Server, http: Any) -> None:
     before = statistics(http, "picky")
 
     async def run() -> None:
@@ -96,5 +97,7 @@ def test_a_grpc_deadline_withdraws_what_waits(server: Server, http: Any, grpc: A
                 await infer_aio(client, "picky", {"x": EIGHT[:1]}, client_timeout=0.2)
 
     asyncio.run(run())
+    time.sleep(2.0)  # longer than it would have been held back, had it stayed
     after = statistics(http, "picky")
     assert after["execution_count"] == before["execution_count"]
+    assert after["fail"] - before["fail"] == 1

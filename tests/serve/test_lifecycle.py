@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import infer, rows
+from tests.serve.clients import aio_client, infer, infer_aio, rows
 from tests.serve.server import Server, wait_for
 
 X = rows(1, 2)
@@ -124,3 +125,48 @@ def test_versions_of_one_model(spare: Path, http: Any) -> None:
     assert http.get_model_metadata("spare")["versions"] == ["2"]
     with pytest.raises(InferenceServerException, match="version 1"):
         infer(http, "spare", {"x": X}, model_version="1")
+
+
+def test_what_waits_when_a_version_is_replaced_is_answered_by_the_new_one(
+    server: Server, models_root: Path, http: Any
+) -> None:
+    """Thirty requests wait behind two long ones when the model is loaded anew."""
+    source = models_root / "slow" / "1" / "model.py"
+    old = source.read_text()
+    asked = {"s": np.full((1, 1), 0.2, np.float32)}
+
+    async def run() -> list[Any]:
+        async with aio_client(server, "http") as client:
+            long = {"s": np.full((1, 1), 12.0, np.float32)}
+            calls = [asyncio.create_task(infer_aio(client, "slow", long)) for _ in range(2)]
+            await asyncio.sleep(1.0)
+            calls += [asyncio.create_task(infer_aio(client, "slow", asked)) for _ in range(30)]
+            await asyncio.sleep(0.5)
+            await client.load_model("slow")
+            return await asyncio.gather(*calls)
+
+    try:
+        source.write_text(old.replace("seconds * 2", "seconds * 3"))
+        replies = [reply.as_numpy("t")[0, 0] for reply in asyncio.run(run())]
+    finally:
+        source.write_text(old)
+        http.load_model("slow")
+    assert np.allclose(replies[:2], 24.0)  # what ran was answered by the old one
+    assert np.allclose(replies[2:], 0.6)  # what waited, by the new one
+
+
+def test_a_client_that_gives_up_a_load_does_not_stop_it(spare: Path, http: Any, grpc: Any) -> None:
+    with pytest.raises(InferenceServerException):
+        grpc.load_model("spare", client_timeout=0.2)
+    wait_for(lambda: http.is_model_ready("spare"), 60, "spare is loaded all the same")
+
+
+def test_a_version_that_is_gone_is_forgotten(spare: Path, http: Any) -> None:
+    broken = spare / "2"
+    broken.mkdir()
+    (broken / "model.pt").write_bytes(b"no archive")
+    with pytest.raises(InferenceServerException, match="version 2"):
+        http.load_model("spare")
+    shutil.rmtree(broken)
+    http.load_model("spare")
+    assert state(http, "spare") == {"name": "spare", "version": "1", "state": "READY"}

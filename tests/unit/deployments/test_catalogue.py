@@ -18,10 +18,9 @@ def report(replica: str = "a", **changes: object) -> ReplicaReport:
         replica_id=replica,
         node_id="n",
         pid=1,
-        epoch=1,
         instances=1,
         device="cpu",
-        content_hash="h",
+        fingerprint="h",
         config=CONFIG,
         loaded=True,
     )

@@ -315,3 +315,39 @@ async def test_nothing_is_sent_ahead_while_a_slot_rests(clock):
     while model.replies:
         model.finish()
         await settle()
+
+
+@drive
+async def test_what_waits_is_handed_over_and_what_runs_is_not(clock):
+    old, running, _ = make(clock, max_rows=1, preferred=(1,))
+    futures = [submit(old, n) for n in range(4)]
+    await settle()
+    new, model, counters = make(clock, max_rows=1, preferred=(1,))
+    old.hand_over(new)
+    await settle()
+    assert (old.pending, old.in_flight, new.pending) == (0, 1, 2)
+    assert model.calls == [[1]]
+    futures[2].cancel()  # a client that leaves is found where it waits now
+    await settle()
+    assert new.pending == 1 and counters.totals().failures == {"CANCELED": 1}
+    running.finish()
+    model.finish()
+    await settle()
+    model.finish()
+    await settle()
+    assert all(future.done() for future in futures)
+    await old.drain()
+    await new.drain()
+
+
+@drive
+async def test_a_gate_without_slots_hands_over_all_it_has(clock):
+    old, _, _ = make(clock, slots=0)
+    futures = [submit(old, n) for n in range(3)]
+    new, model, _ = make(clock)
+    old.hand_over(new)
+    await settle()
+    assert model.calls == [[0, 1, 2]]
+    model.finish()
+    await settle()
+    assert all(future.done() for future in futures)

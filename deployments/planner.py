@@ -1,0 +1,130 @@
+"""From the disk to what is to be deployed: versions read, completed, placed, and specified.
+
+Deploys nothing and remembers nothing; blocking calls, made by the lifecycle in threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.complete import normalise
+from configs.errors import ConfigError
+from configs.model import ModelConfig
+from configs.placement import GroupPlacement
+from configs.server import ServerSettings
+
+from . import applications
+from .errors import MantaError
+from .repository import Found, Repository
+from .types import ReplicaSpec
+
+logger = logging.getLogger("ray.serve")
+
+UNEXPECTED = "the server failed to read or deploy the model; its log says more"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One version, read and placed, ready to be deployed."""
+
+    found: Found
+    number: int
+    config: ModelConfig
+    placements: tuple[GroupPlacement, ...]
+    content_hash: str
+    fingerprint: str
+    labels: Mapping[str, tuple[str, ...]]
+
+    @property
+    def cpu_instances(self) -> int:
+        return sum(p.replicas * p.instances for p in self.placements if p.kind == "KIND_CPU")
+
+
+class Planner:
+    def __init__(
+        self, settings: ServerSettings, repository: Repository, controller_application: str
+    ) -> None:
+        self._settings = settings
+        self._repository = repository
+        self._controller_application = controller_application
+
+    def plan(self, name: str) -> tuple[list[Plan], dict[int, str]]:
+        """The versions that the policy selects, and why some of them cannot be.
+
+        Raises ConfigError or an error of ours where the whole model cannot.
+        """
+        found = self._repository.find(name)
+        if found.error:
+            raise ConfigError(found.error)
+        gpus = applications.gpu_count()
+        config = self._repository.read_config(found)
+        numbers, failed = self._repository.select_versions(config, found.versions)
+        plans = []
+        for number in numbers:
+            try:
+                plans.append(self._plan(found, number, config, gpus))
+            except (ConfigError, MantaError) as error:
+                failed[number] = str(error)
+            except Exception:
+                logger.exception("model %s version %d could not be read", name, number)
+                failed[number] = UNEXPECTED
+        return plans, failed
+
+    def _plan(self, found: Found, number: int, config: ModelConfig, gpus: int) -> Plan:
+        repository = self._repository
+        try:
+            normal = normalise(config, repository.first_files(found), gpus > 0)
+            placements = applications.place(normal, self._settings, gpus)
+        except ConfigError as error:
+            raise repository.explain(found, error) from None
+        repository.artifact(found, number, normal)  # refuses a missing file by name
+        content_hash = repository.content_hash(found, number, normal)
+        return Plan(
+            found=found,
+            number=number,
+            config=normal,
+            placements=placements,
+            content_hash=content_hash,
+            fingerprint=applications.fingerprint(content_hash, placements, self._settings),
+            labels=repository.labels(found, normal),
+        )
+
+    def specs(self, plan: Plan, application: str, cpu_instances: int) -> list[ReplicaSpec]:
+        """One per deployment. `cpu_instances`: how many will share this machine's CPUs."""
+        threads = max(1, available_cpus() // max(1, cpu_instances))
+        return [
+            ReplicaSpec(
+                controller_application=self._controller_application,
+                application=application,
+                deployment=placement.deployment,
+                repository=str(Path(plan.found.path).parent),
+                model_name=plan.found.name,
+                version=plan.number,
+                config=plan.config,
+                content_hash=plan.content_hash,
+                fingerprint=plan.fingerprint,
+                kind=placement.kind,
+                gpu=placement.gpu,
+                instances=placement.instances,
+                threads=threads,
+                max_execution_s=self._settings.max_execution_s,
+                logical_gpus=self._settings.logical_gpus,
+                environment=self._settings.environment,
+            )
+            for placement in plan.placements
+        ]
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: affinity, and the cgroup's quota where there is one."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus = affinity or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
