@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ logger = logging.getLogger("ray.serve")
 
 PREFIX = "manta"
 GPU_RESOURCE = "manta_gpu_"
+# Serve registers modules with cloudpickle for the time of a call, in a table of the whole process:
+# two of its calls at once trip over each other (2.60: "not registered for pickle by value").
+_SERVE_CALLS = threading.Lock()
 BindModel = Callable[[Sequence[ReplicaSpec], Sequence[GroupPlacement], ServerSettings], Any]
 
 
@@ -83,17 +87,24 @@ def place(config: ModelConfig, settings: ServerSettings, gpus: int) -> tuple[Gro
     )
 
 
-def deploy(name: str, app: Any) -> None:
-    """Hand the application to Serve; returns before its replicas are there."""
-    serve.run_many(
-        [RunTarget(target=app, name=name, route_prefix=None)],
-        wait_for_applications_running=False,
-    )
+def deploy(name: str, bind: Callable[[], Any]) -> None:
+    """Hand the application that `bind` makes to Serve; returns before its replicas are there."""
+    with _SERVE_CALLS:
+        serve.run_many(
+            [RunTarget(target=bind(), name=name, route_prefix=None)],
+            wait_for_applications_running=False,
+        )
+
+
+def _applications() -> dict[str, Any]:
+    with _SERVE_CALLS:
+        found: dict[str, Any] = serve.status().applications
+    return found
 
 
 def failure(name: str) -> str:
     """Why Serve gave the application up, "" while it has not."""
-    status = serve.status().applications.get(name)
+    status = _applications().get(name)
     if status is None or status.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
         return ""
     reasons = [deployment.message for deployment in status.deployments.values()]
@@ -115,11 +126,12 @@ def waiting_for(placements: Sequence[GroupPlacement]) -> str:
 
 def delete(name: str) -> None:
     """Have Serve drain and delete it, within its grace; a missing application is fine."""
-    serve.delete(name, _blocking=False)
+    with _SERVE_CALLS:
+        serve.delete(name, _blocking=False)
 
 
 def exists(name: str) -> bool:
-    return name in serve.status().applications
+    return name in _applications()
 
 
 def live() -> dict[str, dict[str, int]]:
@@ -130,7 +142,7 @@ def live() -> dict[str, dict[str, int]]:
             deployment: sum(one.replica_states.values())
             for deployment, one in status.deployments.items()
         }
-        for name, status in serve.status().applications.items()
+        for name, status in _applications().items()
         if is_model(name) and status.status != "DELETING"
     }
     return {name: found[name] for name in sorted(found, key=_generation_of, reverse=True)}
@@ -141,7 +153,7 @@ def _generation_of(name: str) -> int:
 
 
 def is_deleting(name: str) -> bool:
-    status = serve.status().applications.get(name)
+    status = _applications().get(name)
     return status is None or status.status == "DELETING"
 
 
@@ -154,7 +166,8 @@ def has_replicas(name: str, deployment: str) -> bool:
 
 def has_proxy() -> bool:
     """Whether Serve's own HTTP proxy runs, which would take half the traffic of our ports."""
-    return bool(serve.status().proxies)
+    with _SERVE_CALLS:
+        return bool(serve.status().proxies)
 
 
 def generation_number() -> int:

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from configs.errors import ConfigError
@@ -283,9 +284,9 @@ class Lifecycle:
     async def _bring_up(self, generation: Generation, plan: Plan, cpu_instances: int) -> str:
         """Deploy and wait for every replica's word; the reason when it does not come about."""
         specs = self._planner.specs(plan, generation.application, cpu_instances)
-        app = self._bind_model(specs, plan.placements, self._settings)
+        bind = partial(self._bind_model, specs, plan.placements, self._settings)
         try:
-            await asyncio.to_thread(applications.deploy, generation.application, app)
+            await asyncio.to_thread(applications.deploy, generation.application, bind)
         except Exception:
             logger.exception("application %s was not accepted", generation.application)
             return "Ray Serve did not accept the model's application"
