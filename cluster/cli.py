@@ -190,7 +190,9 @@ def _gpu_count() -> int:
         return int(logical)
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
-    return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+    count = int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    return count if visible is None else min(count, len(visible))
 
 
 async def _serve(settings: ServerSettings, signals: _Signals) -> int:

@@ -41,6 +41,9 @@ FLAGS: dict[str, Flag] = {
     "http-max-input-size": Flag(
         "http_max_input_size_bytes", "number", "largest JSON part of a request, in bytes"
     ),
+    "max-body-bytes": Flag(
+        "max_body_bytes", "number", "largest request with its binary tensors, in bytes"
+    ),
     "allow-grpc": Flag("allow_grpc", "bool", "serve gRPC"),
     "grpc-address": Flag("grpc_address", "text", "address that gRPC binds"),
     "grpc-port": Flag("grpc_port", "number", "port of gRPC"),

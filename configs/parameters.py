@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,12 +163,15 @@ _TWINS = {
 }
 
 
-def parse_parameters(config: ModelConfig) -> tuple[ModelParameters, list[str]]:
+def parse_parameters(
+    config: ModelConfig, version_files: Collection[str] = ()
+) -> tuple[ModelParameters, list[str]]:
     """The typed parameters and one warning per parameter that has no effect.
 
-    Raises ConfigError for a value that does not convert and for a key that is refused.
+    `version_files` tell a model.py from a model.pt where `runtime` leaves it open. Raises
+    ConfigError for a value that does not convert and for a key that is refused.
     """
-    kind = runtime_kind(config)
+    kind = runtime_kind(config, version_files)
     values: dict[str, Any] = {}
     warnings: list[str] = []
     for key, text in config.parameters.items():
@@ -234,9 +237,12 @@ _SILENT = {  # no line unless the configuration has the key
 _THREADS = {"INTER_OP_THREAD_COUNT": "Inter op", "INTRA_OP_THREAD_COUNT": "Intra op"}
 
 
-def log_lines(config: ModelConfig, parameters: ModelParameters) -> list[str]:
+def log_lines(
+    config: ModelConfig, parameters: ModelParameters, version_files: Collection[str] = ()
+) -> list[str]:
     """What the parameters are set to, one line each, when a version loads."""
-    describe = _eager_lines if runtime_kind(config) == "eager" else _libtorch_lines
+    kind = runtime_kind(config, version_files)
+    describe = _eager_lines if kind == "eager" else _libtorch_lines
     ours = {
         "GPU fraction": parameters.gpu_fraction,
         "CPU fraction": parameters.cpu_fraction,

@@ -52,7 +52,7 @@ def parse(text: str, file: str, directory_name: str) -> ModelConfig:
         proto.name = directory_name
         config = from_proto(proto)
         checks.check(config)
-        if config.platform or config.runtime:
+        if config.platform and not config.runtime:  # else the files decide, in `normalise`
             checks.check_strings(config, runtime_kind(config))
         return config
     except ConfigError as error:

@@ -178,6 +178,8 @@ class ServerSettings(BaseModel):
                 raise ValueError(
                     "grpc_address needs listener 'router': Serve's gRPC binds all interfaces"
                 )
+        if self.http_max_input_size_bytes > self.max_body_bytes:
+            raise ValueError("http_max_input_size_bytes must not be above max_body_bytes")
         edges = ("http", "grpc", "metrics")
         ports = [(f"{e}_port", getattr(self, f"{e}_port")) for e in edges if self._open(e)]
         for (one, port), (other, same) in combinations(ports, 2):

@@ -75,10 +75,12 @@ def gpu_count() -> int:
     return max(indices) + 1 if indices else int(resources.get("GPU", 0))
 
 
-def place(config: ModelConfig, settings: ServerSettings, gpus: int) -> tuple[GroupPlacement, ...]:
+def place(
+    config: ModelConfig, files: Sequence[str], settings: ServerSettings, gpus: int
+) -> tuple[GroupPlacement, ...]:
     """The plan, without index resources where no node advertises them (a plain `serve run`):
     there the listed index still decides inside the replica, on whatever node Ray picks."""
-    parameters, _ = parse_parameters(config)
+    parameters, _ = parse_parameters(config, files)
     placements = plan(config, parameters, settings, gpus)
     offered = ray.cluster_resources()
     return tuple(

@@ -86,9 +86,9 @@ class Batcher:
         reply = await self._client.execute(build(group))
         if reply.refused:
             return Outcome((), refused=True)
-        return self._split(group, reply.parts)
+        return self._split(group, reply.parts, reply.waited_ns)
 
-    def _split(self, group: Group, parts: Sequence[Part]) -> Outcome:
+    def _split(self, group: Group, parts: Sequence[Part], waited_ns: int) -> Outcome:
         lost = Internal(f"the reply of model '{self._model_name}' leaves out this request")
         results: list[MemberResult | MantaError] = [lost] * len(group.members)
         executions = []
@@ -96,14 +96,14 @@ class Batcher:
             start = 0
             for index in part.members:
                 rows = group.members[index].rows
-                results[index] = self._result(group, index, part, start, start + rows)
+                results[index] = self._result(group, index, part, start, start + rows, waited_ns)
                 start += rows  # also past members that failed: rows are positional
             if part.error is None:
                 executions.append(Execution(start, part.input_ns, part.infer_ns, part.output_ns))
         return Outcome(results, executions)
 
     def _result(
-        self, group: Group, index: int, part: Part, start: int, end: int
+        self, group: Group, index: int, part: Part, start: int, end: int, waited_ns: int
     ) -> MemberResult | MantaError:
         if part.error is not None:
             return part.error
@@ -121,7 +121,7 @@ class Batcher:
                 )
             exact = start == 0 and available == end
             outputs[name] = whole if exact or not self._batched else cut(whole, start, end)
-        queue_ns = group.released_ns - entry.queued_ns
+        queue_ns = group.released_ns - entry.queued_ns + waited_ns
         return MemberResult(outputs, queue_ns, part.input_ns, part.infer_ns, part.output_ns)
 
 

@@ -147,7 +147,9 @@ class Pool:
         self._slots = {name: live.get(name, 0) for name in self._clients}
 
     async def execute(self, batch: Batch) -> BatchReply:
-        name = max(self._clients, key=lambda n: self._slots[n] - self._running[n])
+        # Never to where nobody lives, while somebody does elsewhere: it would wait there for long.
+        live = [n for n in self._clients if self._slots[n]] or list(self._clients)
+        name = max(live, key=lambda n: self._slots[n] - self._running[n])
         self._running[name] += 1
         try:
             return await self._clients[name].execute(batch)

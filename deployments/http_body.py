@@ -61,7 +61,7 @@ def check_headers(headers: Headers, limit: int) -> None:
 def too_large(size: int, limit: int) -> InvalidArgument:
     return InvalidArgument(
         f"request body of {size} bytes exceeds the maximum allowed value of {limit} bytes. Use "
-        "--http-max-input-size to increase the limit."
+        "--http-max-input-size to increase the limit, or --max-body-bytes for binary tensors."
     )
 
 

@@ -84,20 +84,17 @@ class Inference:
         self._versions = versions
         self._control = control
         self.settings = settings
-        self._closing = False
+        self._leaving = False
 
     # --- health ----------------------------------------------------------------------------------
 
-    @property
-    def closing(self) -> bool:
-        return self._closing or self._versions.snapshot().closing
-
-    def close(self) -> None:
-        """Refuse new work from now on; what was accepted is answered."""
-        self._closing = True
+    def leave(self) -> None:
+        """Not ready from now on; the others of this server serve on, and so does this Router."""
+        self._leaving = True
 
     def check_open(self) -> None:
-        if self.closing:
+        """Once the whole server ends, new work is refused; what was accepted is answered."""
+        if self._versions.snapshot().closing:
             raise ShuttingDown()
 
     def live(self) -> bool:
@@ -106,6 +103,8 @@ class Inference:
 
     def ready(self) -> bool:
         self.check_open()
+        if self._leaving:
+            raise ShuttingDown()
         snapshot = self._versions.snapshot()
         return snapshot.started and snapshot.ready
 

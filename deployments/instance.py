@@ -45,7 +45,7 @@ class Progress:
     """What health is judged by. Times are of time.monotonic_ns."""
 
     running_since_ns: int | None
-    last_beat_ns: int
+    asked_since_ns: int | None  # a beat that was asked for and has not been answered
     state: State
 
 
@@ -84,7 +84,10 @@ class Instance:
         self._stream: torch.cuda.Stream | None = None
         self._state: State = "loading"
         self._running_since_ns: int | None = None
-        self._last_beat_ns = time.monotonic_ns()
+        self._asked_ns: int | None = None
+        # torch.compile does its work in the first run: that is loading, however long it takes.
+        compiles = not parameters.torch_compile_optional_parameters.get("disable")
+        self._unproven = self._runtime_kind == "eager" and compiles
         self._fatal: FatalDeviceError | None = None
         self._closed = False
 
@@ -106,12 +109,16 @@ class Instance:
             thread.join(_JOIN_S)
 
     def progress(self) -> Progress:
-        return Progress(self._running_since_ns, self._last_beat_ns, self._state)
+        return Progress(self._running_since_ns, self._asked_ns, self._state)
 
     def beat(self) -> None:
         """Asks an idle thread to show that it moves; a busy one shows it by what it runs."""
-        if self._state == "idle":
-            self._tasks.put(lambda: None)
+        if self._state == "idle" and self._asked_ns is None:
+            self._asked_ns = time.monotonic_ns()
+            self._tasks.put(self._answer_beat)
+
+    def _answer_beat(self) -> None:
+        self._asked_ns = None
 
     def weight_pointer(self) -> int:
         runtime = self._runtime
@@ -155,7 +162,6 @@ class Instance:
         while (task := self._tasks.get()) is not None:
             task()
             del task  # or the last batch stays in memory until the next one
-            self._last_beat_ns = time.monotonic_ns()
         self._unload()
         self._state = "stopped"
 
@@ -205,17 +211,20 @@ class Instance:
             raise self._fatal
         if self._runtime is None:
             raise ExecutionFailed("the instance has not loaded its model")
-        self._running_since_ns = time.monotonic_ns()
-        self._state = "running"
+        self._state = "loading" if self._unproven else "running"
         stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         try:
             with self._guard(), stream:
-                return BatchReply(tuple(self._run_members(self._runtime, batch)))
+                parts = tuple(self._run_members(self._runtime, batch))
+            self._unproven = self._unproven and all(part.error is not None for part in parts)
+            return BatchReply(parts)
         except FatalDeviceError as error:
             self._fatal = error
             raise
         finally:
             self._running_since_ns = None
+            if self._asked_ns is not None:  # a beat that waited behind this batch
+                self._asked_ns = time.monotonic_ns()
             self._state = "idle" if self._fatal is None else "stopped"
 
     def _run_members(self, runtime: runtimes.Runtime, batch: Batch) -> list[Part]:
@@ -230,8 +239,10 @@ class Instance:
         """`last`: this is the second try, of one member, and the error is its own."""
         try:
             return self._run_once(runtime, batch, members)
+        except SystemExit as caught:
+            error: Exception = RuntimeError(f"the model called sys.exit({caught.code!r})")
         except Exception as caught:
-            error: Exception = caught
+            error = caught
             logger.debug("instance '%s': execution failed", self.name, exc_info=True)
         # Outside the except clause: the traceback would hold the failed run's memory.
         error.__traceback__ = None
@@ -254,6 +265,8 @@ class Instance:
     def _run_once(
         self, runtime: runtimes.Runtime, batch: Batch, members: tuple[int, ...]
     ) -> list[Part]:
+        if not self._unproven:
+            self._running_since_ns = time.monotonic_ns()  # each try has the whole limit
         started = time.perf_counter_ns()
         inputs, good, bad = self._build(runtime, batch, members)
         if not good:

@@ -78,7 +78,8 @@ class Planner:
         repository = self._repository
         try:
             normal = normalise(config, repository.first_files(found), gpus > 0)
-            placements = applications.place(normal, self._settings, gpus)
+            files = repository.version_files(found, number)
+            placements = applications.place(normal, files, self._settings, gpus)
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.artifact(found, number, normal)  # refuses a missing file by name

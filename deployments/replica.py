@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ray import get_runtime_context, serve
@@ -90,8 +91,9 @@ class ModelReplica:
                 file=f"{spec.model_name}/{spec.version}",
             )
         artifact = repository.artifact(found, spec.version, spec.config)
-        parameters, warnings = parse_parameters(spec.config)
-        for line in [*warnings, *log_lines(spec.config, parameters)]:
+        files = (artifact.name,)
+        parameters, warnings = parse_parameters(spec.config, files)
+        for line in [*warnings, *log_lines(spec.config, parameters, files)]:
             logger.info("%s", line)
         cache = WeightCache() if parameters.enable_weight_sharing else None
         self._instances = [
@@ -130,16 +132,19 @@ class ModelReplica:
             return BatchReply(parts=(), refused=True)
         if self._free.empty() and self._waiting >= len(self._instances):
             return BatchReply(parts=(), refused=True)
+        arrived_ns = time.perf_counter_ns()
         self._waiting += 1
         try:
             instance = await self._free.get()
         finally:
             self._waiting -= 1
+        waited_ns = time.perf_counter_ns() - arrived_ns
         future = instance.submit(batch)
         loop = asyncio.get_running_loop()
         # The instance is free when its thread is, whatever has become of the caller by then.
         future.add_done_callback(lambda done: self._finished(loop, instance, done))
-        return await asyncio.shield(asyncio.wrap_future(future))
+        reply = await asyncio.shield(asyncio.wrap_future(future))
+        return replace(reply, waited_ns=waited_ns)
 
     def _finished(
         self, loop: asyncio.AbstractEventLoop, instance: Instance, done: Future[BatchReply]
@@ -169,7 +174,8 @@ class ModelReplica:
                 if ran_s > self._spec.max_execution_s:
                     return f"instance {instance.name} has run one batch for {ran_s:.0f} s"
             elif progress.state == "idle":
-                if (now_ns - progress.last_beat_ns) / 1e9 > IDLE_LIMIT_S:
+                asked_ns = progress.asked_since_ns
+                if asked_ns is not None and (now_ns - asked_ns) / 1e9 > IDLE_LIMIT_S:
                     return f"instance {instance.name} is idle and does not answer"
                 instance.beat()
             elif progress.state == "stopped" and not self._draining:

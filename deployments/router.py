@@ -292,6 +292,7 @@ class Router:
     async def drain(self) -> None:
         """Answer what was accepted and leave the ports; Serve knows nothing of the traffic."""
         self._http.leave()
+        self._inference.leave()
         await self._listener.drain()
         for line in self._lines.values():
             await line.gate.drain()

@@ -116,10 +116,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BatchReply:
-    """`refused` means that no instance was free and nothing ran: the batch may be sent again."""
+    """`refused` means that no instance was free and nothing ran: the batch may be sent again.
+
+    `waited_ns` is how long a batch that was sent ahead waited for its instance.
+    """
 
     parts: tuple[Part, ...]
     refused: bool = False
+    waited_ns: int = 0
 
 
 # --- what is loaded, between Controller, Routers and replicas ------------------------------------

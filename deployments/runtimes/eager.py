@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import itertools
+import logging
 import os
 import pickle
 import shutil
@@ -27,6 +29,8 @@ from deployments.signature import Binding, Signature, bind
 
 from . import Value, faults, place
 from .outputs import pick
+
+logger = logging.getLogger("manta.runtimes")
 
 _COMPILE = 'parameters["TORCH_COMPILE_OPTIONAL_PARAMETERS"]'
 
@@ -108,12 +112,28 @@ def load(
     else:
         module.to(target)
     module.eval()
+    _warn_of_order(module, config)
     try:
         call = torch.compile(module, **options)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = f"torch.compile refused its parameters: {faults.clean_text(error)}"
         raise ConfigError(reason, file=where, field=_COMPILE) from error
     return Eager(module, call, config, binding, target)
+
+
+def _warn_of_order(module: torch.nn.Module, config: ModelConfig) -> None:
+    """Tensors go by position, as in Triton; names that say another order are worth a line."""
+    names = [tensor.name for tensor in config.input]
+    arguments = [n for n in inspect.signature(module.forward).parameters if n in names]
+    ordinals = [f"INPUT__{index}" for index in range(len(names))]
+    for natural in (arguments, ordinals):
+        if sorted(natural) == sorted(names) and natural != names:
+            logger.warning(
+                "inputs of '%s' go to forward by position: %s, although their names say %s",
+                config.name,
+                ", ".join(names),
+                ", ".join(natural),
+            )
 
 
 def _check_compiler(options: dict[str, Any], where: str) -> None:

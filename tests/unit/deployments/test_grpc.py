@@ -381,7 +381,7 @@ def test_repository_names_are_refused(server, verb, message):
 
 def test_while_closing_new_calls_are_told():
     async def use(server, triton, stub):
-        server.inference.close()
+        server.publish(closing=True)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.ModelInfer(good())
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -580,7 +580,7 @@ def test_a_crash_tells_nothing_to_the_client_and_all_to_the_log(server, caplog):
 
 def test_while_closing_new_work_is_refused_and_connections_end():
     server = Server()
-    server.inference.close()
+    server.publish(closing=True)
     for method, path in (("GET", "/v2/health/ready"), ("GET", "/v2/health/live"), ("POST", INFER)):
         reply = server.ask(method, path)
         assert (reply.status_code, reply.json()) == (503, {"error": "Server exiting"})

@@ -307,13 +307,17 @@ def test_a_model_without_a_live_instance_is_not_ready():
     assert not server.inference.model_ready("linear", "")
 
 
-@pytest.mark.parametrize("how", ["close", "snapshot"])
-def test_while_closing_everything_new_is_refused(how):
+def test_a_router_that_leaves_is_not_ready_and_answers():
     server = Server()
-    if how == "close":
-        server.inference.close()
-    else:
-        server.publish(closing=True)
+    server.inference.leave()
+    with pytest.raises(ShuttingDown):
+        server.inference.ready()
+    assert server.inference.live() and server.inference.model_ready("linear", "")
+
+
+def test_while_closing_everything_new_is_refused():
+    server = Server()
+    server.publish(closing=True)
     for verb in (
         server.inference.live,
         server.inference.ready,

@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 import struct
 import sys
-import threading
 from concurrent.futures import Future
 
 import numpy as np
@@ -296,10 +295,9 @@ def test_progress_and_beats(start):
     instance = start(source)
     first = instance.progress()
     assert (first.state, first.running_since_ns) == ("idle", None)
-    beaten = threading.Event()
     instance.beat()
-    instance._post(beaten.set).result(10)
-    assert instance.progress().last_beat_ns > first.last_beat_ns
+    instance._post(lambda: None).result(10)
+    assert instance.progress().asked_since_ns is None  # asked for, and answered
     module = sys.modules[type(instance._runtime._module).__module__]
     future = instance.submit(batch_of(row(1, 2, 3, 4)))
     assert module.ENTERED.wait(10)
@@ -318,3 +316,14 @@ def test_close_answers_what_was_submitted_and_refuses_the_rest(start):
         instance.run(batch_of(row(1, 2, 3, 4)))
     assert instance.progress().state == "stopped"
     instance.close()
+
+
+def test_a_model_that_calls_exit_fails_only_the_culprit(start):
+    instance = start(
+        "import sys\nimport torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "        if (x < 0).any():\n            sys.exit(3)\n        return x"
+    )
+    reply = instance.run(batch_of(row(1, 2, 3, 4), row(-1, 2, 3, 4), row(5, 6, 7, 8)))
+    errors = {part.members: part.error for part in reply.parts}
+    assert [members for members, error in errors.items() if error is not None] == [(1,)]
+    assert "sys.exit" in str(errors[(1,)])
