@@ -174,6 +174,17 @@ def test_ctrl_c_reaches_the_whole_group_and_ends_well(models_root: Path) -> None
         assert not alive and port_is_free(server.http_port)
 
 
+def test_a_killed_command_leaves_no_process_and_no_port(models_root: Path) -> None:
+    flags = ["--model-control-mode=explicit", "--load-model=slow"]
+    with manta_serve(models_root, *flags) as server:
+        server.wait_ready()
+        family = server.descendants()
+        assert len(family) > 5
+        server.send(signal.SIGKILL)
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive and port_is_free(server.http_port)
+
+
 def test_a_second_server_on_a_busy_port_fails_at_once_naming_it(models_root: Path) -> None:
     import socket
 

@@ -1,0 +1,56 @@
+"""What we use of Ray Serve and uvicorn beyond their promises; their minor versions are pinned.
+
+Whoever raises a pin runs this first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import uvicorn
+from ray import serve
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
+from ray._private.authentication import authentication_utils
+from ray.serve import request_router
+from ray.serve.api import RunTarget
+from ray.serve.handle import DeploymentHandle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("package", ["ray", "uvicorn"])
+def test_the_minor_version_is_pinned(package: str) -> None:
+    found = re.search(rf'"{package}(?:\[serve\])?>=(\d+)\.(\d+),<(\d+)\.(\d+)"', PYPROJECT)
+    assert found is not None
+    low_major, low, high_major, high = map(int, found.groups())
+    assert (low_major, low + 1) == (high_major, high)
+    assert version(package).split(".")[:2] == [str(low_major), str(low)]
+
+
+def test_ray_serve() -> None:
+    assert "_check_exists" in inspect.signature(serve.get_deployment_handle).parameters
+    assert "_by_reference" in inspect.signature(DeploymentHandle.options).parameters
+    assert inspect.iscoroutinefunction(DeploymentHandle.shutdown_async)
+    assert "wait_for_applications_running" in inspect.signature(serve.run_many).parameters
+    assert {"target", "name", "route_prefix"} <= set(RunTarget.__annotations__)
+    assert "_blocking" in inspect.signature(serve.delete).parameters
+    assert inspect.iscoroutinefunction(request_router.RequestRouter.choose_replicas)
+    assert "__serve_build_asgi_app__" in inspect.getsource(serve.ingress)
+    assert callable(authentication_utils.is_token_auth_enabled)
+    assert callable(NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids)
+
+
+def test_uvicorn() -> None:
+    own = {"connection_made", "connection_lost", "data_received"}
+    callbacks = {"on_message_begin", "on_headers_complete"}
+    assert own | callbacks <= set(vars(HttpToolsProtocol))
+    server = uvicorn.Server(uvicorn.Config(lambda: None))
+    assert server.should_exit is False
+    assert server.server_state.connections == set()
+    assert callable(server.capture_signals)
+    assert "self.servers" in inspect.getsource(uvicorn.Server.startup)
