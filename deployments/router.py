@@ -93,6 +93,7 @@ class Router:
         self._lost: set[str] = set()
         self._flushes = 0
         self._epoch, self._sequence = 0, -1
+        self._past_epochs: set[int] = set()
         self._collect: Collect | None = serve_collect() if settings.batching == "serve" else None
         self._inference = Inference(self._directory, self, settings)
         self._http = HttpApp(self._inference, settings)
@@ -123,10 +124,13 @@ class Router:
 
     async def _join(self) -> None:
         """Where models serve already, this Router does too before another one leaves for it."""
-        with contextlib.suppress(Exception):  # a Controller that starts just now is followed later
+        try:
             snapshot = await asyncio.wait_for(_awaited(self._watch), JOIN_S)
-            if snapshot is not None and snapshot.started:
-                await self._take(snapshot)
+        except Exception as error:  # a Controller that starts just now is followed later
+            logger.debug("the Controller does not answer yet: %s", error)
+            return
+        if snapshot is not None and snapshot.started:
+            await self._take(snapshot)
 
     def _watch(self) -> Awaitable[Snapshot | None]:
         watch: Awaitable[Snapshot | None] = self._controller.watch.remote(
@@ -146,12 +150,20 @@ class Router:
                 continue
             if snapshot is None:
                 continue
-            held = (self._epoch, self._sequence)
-            new_and_unsure = snapshot.epoch != self._epoch and not snapshot.started
-            if (snapshot.epoch, snapshot.sequence) <= held or (self._lines and new_and_unsure):
-                await asyncio.sleep(RETRY_S)  # a new Controller is still finding out what runs
+            if self._is_behind(snapshot):
+                await asyncio.sleep(RETRY_S)
                 continue
             await self._take(snapshot)
+
+    def _is_behind(self, snapshot: Snapshot) -> bool:
+        """From a Controller that was replaced, or one that is still finding out what runs.
+
+        Epochs are told apart, not compared: clocks of two nodes need not agree.
+        """
+        if snapshot.epoch == self._epoch:
+            return snapshot.sequence <= self._sequence
+        unsure = bool(self._lines) and not snapshot.started
+        return unsure or snapshot.epoch in self._past_epochs
 
     async def _take(self, snapshot: Snapshot) -> None:
         self._apply(snapshot)
@@ -164,6 +176,7 @@ class Router:
 
     def _apply(self, snapshot: Snapshot) -> None:
         if snapshot.epoch != self._epoch:
+            self._past_epochs.add(self._epoch)
             self._recorder.resend()
         self._epoch, self._sequence = snapshot.epoch, snapshot.sequence
         wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
