@@ -74,7 +74,10 @@ class Lifecycle:
         """Adopt what an earlier Controller left running, then load what the settings ask for."""
         running = await asyncio.to_thread(applications.live)
         await self._await_strays(running)
-        left_over = [name for name in running if not self._adopt(name, running[name])]
+        for name in running:
+            self._adopt(name, running[name])
+        # Asked of the catalogue: a pass that is tried again has adopted some before.
+        left_over = [name for name in running if self._catalogue.find(name) is None]
         self._strays.clear()
         if running:  # Routers know what is adopted; the rest of the pass is like any other load
             self._catalogue.started = True
@@ -112,21 +115,20 @@ class Lifecycle:
         if not self._catalogue.started and not report.draining:
             self._strays[report.application][report.replica_id] = report
 
-    def _adopt(self, application: str, replicas: Mapping[str, int]) -> bool:
+    def _adopt(self, application: str, replicas: Mapping[str, int]) -> None:
         """Take over a running application as it is; whether it is still what is wanted, and what
         is on disk, the load that follows finds out."""
         reports = [r for r in self._strays[application].values() if r.loaded]
         name, number = applications.parse_application(application)
         version = self._catalogue.version(name, number)
         if not reports or version.current is not None:
-            return False
+            return
         first = reports[0]
         generation = Generation(application, first.config, first.fingerprint, dict(replicas))
         for report in reports:
             generation.note(report, time.monotonic())
         version.current, version.state, version.reason = generation, ModelState.READY, ""
         self._tell(f"model '{name}' version {number} is adopted")
-        return True
 
     async def _prepare_noting(self, name: str) -> list[Plan]:
         try:

@@ -146,6 +146,30 @@ def test_a_killed_router_leaves_no_port_behind_and_comes_back(own: Server) -> No
     client.close()
 
 
+def test_a_restarted_controller_loads_what_has_changed_and_loses_nothing(
+    own: Server, models_root: Path
+) -> None:
+    """Adopted as it is, then loaded anew, since the file is another one by now."""
+    whole(own)
+    source = models_root / "slow" / "1" / "model.py"
+    old = source.read_text()
+    (controller,) = own.replica_pids("manta:Controller")
+    client = httpclient.InferenceServerClient(own.http)
+
+    def factor() -> float:
+        """Any error ends the test: nothing may be lost in between."""
+        return round(float(infer(client, "slow", {"s": SHORT}).as_numpy("t")[0, 0] / SHORT[0, 0]))
+
+    try:
+        assert factor() == 2
+        source.write_text(old.replace("seconds * 2", "seconds * 3"))
+        os.kill(controller, signal.SIGKILL)
+        wait_for(lambda: factor() == 3, 120, "the new file serves")
+    finally:
+        source.write_text(old)
+    client.close()
+
+
 def test_sigterm_answers_every_accepted_request(own: Server) -> None:
     family = own.descendants()
     whole(own)
