@@ -55,4 +55,4 @@ bench: install
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(REPOSITORY) benchmarks/out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) examples/model_repository benchmarks/out .pytest_cache .mypy_cache .ruff_cache
