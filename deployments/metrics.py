@@ -12,8 +12,6 @@ from typing import NamedTuple, TypeAlias
 
 from .statistics import LoadedVersion, reasons
 
-CONTENT_TYPE = "text/plain; charset=utf-8"
-
 Sample: TypeAlias = tuple[Mapping[str, str], int | float]
 
 

@@ -89,8 +89,11 @@ class PortClaim:
             return
 
     def close(self) -> None:
+        """Doing it twice is doing it once: a second time, the descriptor may be another's."""
         self.socket.close()
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
 
 def _open_lock(address: str, port: int) -> int:
