@@ -88,6 +88,15 @@ class ServerSettings(BaseModel):
     batching: Literal["serve", "direct"] = Field(
         "serve", description="Released batches go through @serve.batch, or straight on."
     )
+    local_channel: bool = Field(
+        True, description="Reach replicas on the Router's own node by sockets, not through Serve."
+    )
+    http_lane: bool = Field(
+        True, description="Take infer calls from uvicorn's parser straight to the queue."
+    )
+    grpc_lane: bool = Field(
+        True, description="Take ModelInfer calls past grpc.aio, with HAProxy in front."
+    )
     router_replicas: int = Field(1, ge=1, description="Replicas of the Router.")
     allow_http: bool = Field(True, description="Serve HTTP.")
     allow_grpc: bool = Field(True, description="Serve gRPC.")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from .errors import Internal, MantaError, Unsupported
@@ -22,11 +24,17 @@ _UNLIMITED = 1 << 20
 
 
 class ModelClient(Protocol):
-    """The seam to a model's replicas."""
+    """The seam to where a model's batches run. `execute` sends at once, and may be awaited."""
 
-    async def execute(self, batch: Batch) -> BatchReply: ...
+    def execute(self, batch: Batch) -> Awaitable[BatchReply]: ...
 
     async def aclose(self) -> None: ...
+
+
+class Executor(Protocol):
+    """The first half of that seam, which is all that a batch needs."""
+
+    def execute(self, batch: Batch) -> Awaitable[BatchReply]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +69,49 @@ class Outcome:
 class Batcher:
     """The batch call of one model version. Without `collect` it is made directly."""
 
-    def __init__(
-        self,
-        model_name: str,
-        batched: bool,
-        client: ModelClient,
-        collect: Collect | None = None,
-    ) -> None:
+    def __init__(self, model_name: str, batched: bool, collect: Collect | None = None) -> None:
         self._model_name = model_name
         self._batched = batched
-        self._client = client
         self._collect = collect
 
-    async def run(self, group: Group) -> Outcome:
+    def run(self, group: Group, place: Executor) -> Awaitable[Outcome]:
         """A single request needs no batch and goes straight on, in both modes."""
         if self._collect is None or len(group.members) == 1:
-            return await self.run_group(group)
-        call = Call(group, self.run_group, asyncio.get_running_loop().create_future())
-        # All in one tick, so that @serve.batch finds them together.
-        shares = await asyncio.gather(*[self._collect(call) for _ in group.members])
-        return await shares[0]
+            return self.run_group(group, place)
+        return self._collected(self._collect, group, place)
 
-    async def run_group(self, group: Group) -> Outcome:
-        reply = await self._client.execute(build(group))
+    async def _collected(self, collect: Collect, group: Group, place: Executor) -> Outcome:
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        call = Call(group, place, self.run_group, outcome)
+        # All in one tick, so that @serve.batch finds them together.
+        await asyncio.gather(*[collect(call) for _ in group.members])
+        return await outcome
+
+    def run_group(self, group: Group, place: Executor) -> Awaitable[Outcome]:
+        """Sends at once where the place can: then no task is needed to wait for the reply."""
+        reply = place.execute(build(group))
+        if not isinstance(reply, asyncio.Future):
+            return self._awaited(group, reply)
+        outcome: asyncio.Future[Outcome] = reply.get_loop().create_future()
+        reply.add_done_callback(partial(self._replied, group, outcome))
+        return outcome
+
+    async def _awaited(self, group: Group, reply: Awaitable[BatchReply]) -> Outcome:
+        return self._outcome(group, await reply)
+
+    def _replied(
+        self, group: Group, outcome: asyncio.Future[Outcome], reply: asyncio.Future[BatchReply]
+    ) -> None:
+        if outcome.done():
+            return
+        try:
+            outcome.set_result(self._outcome(group, reply.result()))
+        except asyncio.CancelledError:
+            outcome.cancel()
+        except Exception as error:
+            outcome.set_exception(error)
+
+    def _outcome(self, group: Group, reply: BatchReply) -> Outcome:
         if reply.refused:
             return Outcome((), refused=True)
         return self._split(group, reply.parts, reply.waited_ns)
@@ -159,52 +187,55 @@ class Call:
     """One group on its way through @serve.batch, once per member."""
 
     group: Group
-    run: Callable[[Group], Awaitable[Outcome]]
+    place: Executor
+    run: Callable[[Group, Executor], Awaitable[Outcome]]
     outcome: asyncio.Future[Outcome]
     arrived: int = 0
 
 
-Collect: TypeAlias = Callable[[Call], Awaitable["asyncio.Future[Outcome]"]]
+Collect: TypeAlias = Callable[[Call], Awaitable[None]]
 
 
 class Collector:
     """What happens to the members that one @serve.batch call holds; one object per Router process.
 
     The call may hold members of several groups of several models, and of a group only some. Each
-    group starts when its last member is there, as a task of its own, and the call returns at once:
-    a slow group never holds up another.
+    group starts when its last member is there, and the call returns at once: a slow group never
+    holds up another.
     """
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Future[Outcome]] = set()
 
-    def sort(self, calls: list[Call]) -> list[asyncio.Future[Outcome]]:
+    def sort(self, calls: list[Call]) -> list[None]:
         for call in calls:
             call.arrived += 1
             if call.arrived == len(call.group.members):
                 self._start(call)
-        return [call.outcome for call in calls]
+        return [None] * len(calls)
 
     def _start(self, call: Call) -> None:
-        loop = asyncio.get_running_loop()
         # An empty context: what belongs to one client must not reach its batch-mates.
-        task: asyncio.Task[None] = contextvars.Context().run(loop.create_task, _complete(call))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        context = contextvars.Context()
+        try:
+            outcome = context.run(asyncio.ensure_future, call.run(call.group, call.place))
+        except Exception as error:
+            if not call.outcome.done():
+                call.outcome.set_exception(error)
+            return
+        self._running.add(outcome)
+        outcome.add_done_callback(partial(self._finish, call), context=context)
 
-
-async def _complete(call: Call) -> None:
-    try:
-        outcome = await call.run(call.group)
-    except asyncio.CancelledError:
-        call.outcome.cancel()
-        raise
-    except Exception as error:
-        if not call.outcome.done():
+    def _finish(self, call: Call, outcome: asyncio.Future[Outcome]) -> None:
+        self._running.discard(outcome)
+        if call.outcome.done():
+            return
+        if outcome.cancelled():
+            call.outcome.cancel()
+        elif (error := outcome.exception()) is not None:
             call.outcome.set_exception(error)
-    else:
-        if not call.outcome.done():
-            call.outcome.set_result(outcome)
+        else:
+            call.outcome.set_result(outcome.result())
 
 
 def serve_collect() -> Collect:
@@ -217,11 +248,13 @@ def serve_collect() -> Collect:
 
     collector = Collector()
 
-    @serve.batch(  # type: ignore[untyped-decorator]
-        max_batch_size=_UNLIMITED, batch_wait_timeout_s=0.0, max_concurrent_batches=_UNLIMITED
-    )
-    async def collect(calls: list[Call]) -> list[asyncio.Future[Outcome]]:
+    async def collect(calls: list[Call]) -> list[None]:
         return collector.sort(calls)
 
-    collected: Collect = collect
+    # Serve asks for the signature at every call; what is found here need not be worked out anew.
+    collect.__signature__ = inspect.signature(collect)  # type: ignore[attr-defined]
+    decorate = serve.batch(
+        max_batch_size=_UNLIMITED, batch_wait_timeout_s=0.0, max_concurrent_batches=_UNLIMITED
+    )
+    collected: Collect = decorate(collect)
     return collected

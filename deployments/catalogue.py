@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from configs.model import ModelConfig
 
-from .types import ModelState, ReplicaReport, Snapshot, Target, VersionSnapshot
+from .types import Endpoint, ModelState, ReplicaReport, Snapshot, Target, VersionSnapshot
 
 # A replica reports every second; after this long without a word it counts for no slot.
 STALE_S = 5.0
@@ -59,10 +59,14 @@ class Generation:
                 yield report
 
     def targets(self) -> tuple[Target, ...]:
-        return tuple(
-            Target(name, sum(report.instances for report in self._live(name)))
-            for name in self.replicas
+        return tuple(self._target(name) for name in self.replicas)
+
+    def _target(self, deployment: str) -> Target:
+        endpoints = tuple(
+            Endpoint(one.replica_id, one.node_id, one.instances, one.channel)
+            for one in sorted(self._live(deployment), key=lambda one: one.replica_id)
         )
+        return Target(deployment, sum(one.instances for one in endpoints), endpoints)
 
     def complete(self) -> bool:
         return all(

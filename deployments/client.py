@@ -1,8 +1,8 @@
-"""The seam between Router and replicas: `execute(batch)` and `aclose()`.
+"""The ways to replicas: `Reach` opens channels on this node and Serve's handles elsewhere.
 
-`HandleClient` speaks to one deployment through Serve's handle, by value or by reference; `Pool`
-spreads batches over a model's deployments (one per instance group). Knows how Ray reports that a
-replica has ended, and says it in our errors. Called by the Batcher.
+`HandleClient` speaks to one deployment through Serve, by value or by reference, and names the
+replica that a batch is for. Knows how Ray reports that a replica has ended, and says it in our
+errors. `places` asks it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -26,7 +27,8 @@ from ray.serve.request_router import (
 
 from .batcher import ModelClient
 from .errors import Internal, MantaError, QueueTimeout, ReplicaLost
-from .types import Array, Batch, BatchReply, Target
+from .local import LocalClient
+from .types import Array, Batch, BatchReply, Endpoint
 
 logger = logging.getLogger("manta.client")
 
@@ -35,10 +37,10 @@ _ENVELOPE_BYTES = 4096
 
 
 class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """Serve's choice of a replica for one call: the one with the shortest queue among all.
+    """Serve's choice of a replica for one call: the one that the call names, while it lives.
 
-    Serve's default looks at two replicas picked at random; with three or more it can pick two busy
-    ones while a third is idle, and a batch would wait for nothing.
+    Else the one with the shortest queue among all: Serve's default looks at two replicas picked at
+    random; with three or more it can pick two busy ones while a third is idle.
     """
 
     async def choose_replicas(
@@ -46,6 +48,11 @@ class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
+        named = None if pending_request is None else pending_request.args[1:2]
+        if named:
+            for replica in candidate_replicas:
+                if replica.replica_id.unique_id == named[0]:
+                    return [[replica]]
         return [candidate_replicas]
 
 
@@ -74,23 +81,23 @@ class HandleClient:
         self._limit_s = limit_s
         self._reply_bytes_per_row = 0.0
 
-    async def execute(self, batch: Batch) -> BatchReply:
+    async def execute(self, batch: Batch, replica_id: str) -> BatchReply:
         """Raises ReplicaLost when the replica ended under it, QueueTimeout when none took it."""
         rows = sum(batch.rows)
         expected = max(_size_bytes(batch), int(self._reply_bytes_per_row * rows))
         large = expected + _ENVELOPE_BYTES >= self._by_reference_bytes
         try:
-            reply = await self._call(batch, large)
+            reply = await self._call(batch, replica_id, large)
         except grpc.aio.AioRpcError as error:
             if large or error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise Internal("the call to the model instance failed") from error
-            reply = await self._call(batch, True)
+            reply = await self._call(batch, replica_id, True)
         self._weigh(reply, rows)
         return reply
 
-    async def _call(self, batch: Batch, large: bool) -> BatchReply:
+    async def _call(self, batch: Batch, replica_id: str, large: bool) -> BatchReply:
         handle = self._by_reference if large else self._by_value
-        response = handle.execute.remote(batch)
+        response = handle.execute.remote(batch, replica_id)
         try:
             reply: BatchReply = await asyncio.wait_for(_result(response), self._limit_s)
         except asyncio.TimeoutError:
@@ -130,32 +137,87 @@ def _size_bytes(batch: Batch) -> int:
     return sum(array.nbytes for array in arrays)
 
 
-class Pool:
-    """One model's deployments as one client: each batch goes where the most slots are free."""
+class _Addressed:
+    """One replica of a HandleClient's deployment."""
 
-    def __init__(self, clients: dict[str, ModelClient]) -> None:
-        self._clients = clients
-        self._slots = {name: 0 for name in clients}
-        self._running = {name: 0 for name in clients}
-
-    @property
-    def slots(self) -> int:
-        return sum(self._slots.values())
-
-    def resize(self, targets: Sequence[Target]) -> None:
-        live = {target.deployment: target.slots for target in targets}
-        self._slots = {name: live.get(name, 0) for name in self._clients}
+    def __init__(self, client: HandleClient, replica_id: str, lost: Callable[[], None]) -> None:
+        self._client = client
+        self._replica_id = replica_id
+        self._lost = lost
 
     async def execute(self, batch: Batch) -> BatchReply:
-        # Never to where nobody lives, while somebody does elsewhere: it would wait there for long.
-        live = [n for n in self._clients if self._slots[n]] or list(self._clients)
-        name = max(live, key=lambda n: self._slots[n] - self._running[n])
-        self._running[name] += 1
         try:
-            return await self._clients[name].execute(batch)
-        finally:
-            self._running[name] -= 1
+            return await self._client.execute(batch, self._replica_id)
+        except ReplicaLost:
+            self._lost()
+            raise
 
     async def aclose(self) -> None:
-        for client in self._clients.values():
-            await client.aclose()
+        """The handle belongs to all replicas of its deployment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who calls, and what it may use. `limit_s` bounds a call."""
+
+    node_id: str
+    router_id: str
+    use_channels: bool
+    by_reference_bytes: int
+    limit_s: float
+
+
+class Reach:
+    """The replicas of one application. `lost` is called when one was lost under a call."""
+
+    def __init__(
+        self, origin: Origin, model_name: str, application: str, lost: Callable[[], None]
+    ) -> None:
+        self._origin = origin
+        self._model_name = model_name
+        self._application = application
+        self._lost = lost
+        self._handles: dict[str, HandleClient] = {}
+
+    def is_local(self, endpoint: Endpoint) -> bool:
+        origin = self._origin
+        here = origin.use_channels and endpoint.node_id == origin.node_id
+        return here and endpoint.channel is not None
+
+    async def channel(
+        self, endpoint: Endpoint, instance: int, changed: Callable[[], None]
+    ) -> LocalClient:
+        """Raises ChannelError or OSError."""
+        assert endpoint.channel is not None  # `is_local` says so
+        client: LocalClient | None = None
+
+        def heard() -> None:
+            if client is not None and not client.open:
+                self._lost()
+            changed()
+
+        client = await LocalClient.connect(
+            endpoint.channel,
+            instance,
+            self._origin.router_id,
+            self._model_name,
+            heard,
+            self._origin.limit_s,
+        )
+        return client
+
+    def through_serve(self, deployment: str, replica_id: str) -> ModelClient:
+        """A handle is made when it is first needed: it follows its deployment from then on."""
+        if deployment not in self._handles:
+            self._handles[deployment] = HandleClient(
+                self._model_name,
+                self._application,
+                deployment,
+                self._origin.by_reference_bytes,
+                self._origin.limit_s,
+            )
+        return _Addressed(self._handles[deployment], replica_id, self._lost)
+
+    async def aclose(self) -> None:
+        for handle in self._handles.values():
+            await handle.aclose()

@@ -1,8 +1,8 @@
-"""The pull gate: releases a batch when an instance slot is free, never before (design: the gate).
+"""The pull gate: releases a batch when a place for it is free, never before (design: the gate).
 
-Owns the waiting futures of one model version, the slots and the timers, and counts what becomes of
-each request. Asks the Scheduler what goes and hands it to `execute` (the Batcher). Called by
-`inference` (`submit`) and by the Router (`resize`, `close`, `drain`). Lives on one event loop.
+Owns who waits for one model version and the timers, and counts what becomes of each request. Asks
+the Scheduler what goes, `places` where, and hands both to `execute` (the Batcher). Called by the
+lanes (`enqueue`), by `inference` (`submit`) and by the Router. Lives on one event loop.
 """
 
 from __future__ import annotations
@@ -14,20 +14,58 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
+from typing import Protocol
 
 from .batcher import MemberResult, Outcome
 from .errors import Cancelled, Internal, MantaError, QueueFull, QueueTimeout
+from .places import Place
 from .scheduler import BatchPolicy, Entry, Group, Scheduler, Wait
 from .statistics import Counters, Reason
 from .types import Array
 
-__all__ = ["Gate", "MemberResult"]
+__all__ = ["Gate", "MemberResult", "Waiter"]
 
 logger = logging.getLogger("manta.gate")
 
-# How long a slot rests whose replica refused a batch: it was promised to another Router.
-_BACKOFF_S = 0.005
-_BACKOFF_MAX_S = 0.080
+
+class Waiter(Protocol):
+    """Who waits for the answer to one request."""
+
+    def deliver(self, result: MemberResult | MantaError) -> None:
+        """Called once, on the loop, never before `enqueue` has returned. Must not raise."""
+        ...
+
+
+class FreePlaces(Protocol):
+    """Where batches may run now; see `places`."""
+
+    def idle(self) -> Place | None: ...
+
+    def ahead(self) -> Place | None: ...
+
+    def want(self) -> None: ...
+
+    def spare(self) -> None: ...
+
+
+Execute = Callable[[Group, Place], Awaitable[Outcome]]
+
+
+class _FutureWaiter:
+    """A future as a waiter."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: asyncio.Future[MemberResult]) -> None:
+        self._future = future
+
+    def deliver(self, result: MemberResult | MantaError) -> None:
+        if self._future.done():
+            return
+        if isinstance(result, MantaError):
+            self._future.set_exception(result)
+        else:
+            self._future.set_result(result)
 
 
 class Gate:
@@ -37,28 +75,26 @@ class Gate:
         self,
         model_name: str,
         policy: BatchPolicy,
-        execute: Callable[[Group], Awaitable[Outcome]],
-        slots: int,
+        execute: Execute,
+        places: FreePlaces,
         counters: Counters | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._model_name = model_name
         self._policy = policy
         self._execute = execute
-        self._slots = slots
+        self._places = places
         self._counters = counters or Counters()
         self._clock = clock
         self._scheduler = Scheduler(policy)
         self._in_flight = 0
-        self._frozen = 0
-        self._backoff_s = _BACKOFF_S
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
         self._pumping = False
         self._closed: MantaError | None = None
         self._ordered: deque[Entry] = deque()  # unanswered, with preserve_ordering only
         self._drains: list[asyncio.Future[None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Future[Outcome]] = set()
 
     @property
     def pending(self) -> int:
@@ -67,12 +103,39 @@ class Gate:
 
     @property
     def in_flight(self) -> int:
-        """Batches that run."""
+        """Batches that run, or wait beside one that runs."""
         return self._in_flight
 
-    @property
-    def slots(self) -> int:
-        return self._slots
+    def enqueue(
+        self,
+        waiter: Waiter,
+        rows: int,
+        key: Hashable,
+        inputs: tuple[Array | None, ...],
+        outputs: tuple[str, ...],
+    ) -> Entry:
+        """Queues a valid request; with a free place and nothing to wait for it starts at once.
+
+        Raises QueueFull, or what the gate was closed with.
+        """
+        if self._closed is not None:
+            raise _copy(self._closed)
+        if self._scheduler.full:
+            raise QueueFull(self._model_name, self._policy.max_requests)
+        now_ns = self._clock()
+        entry = Entry(rows, key, now_ns, inputs, outputs, waiter)
+        entry.owner = self
+        if self._policy.preserve_ordering:
+            self._ordered.append(entry)
+        self._scheduler.add(entry)
+        self._pump(now_ns)
+        return entry
+
+    def withdraw(self, entry: Entry) -> None:
+        """The client is gone: its waiter hears nothing any more, and what waits is not run."""
+        entry.left = True
+        owner: Gate = entry.owner
+        owner._withdraw(entry)
 
     def submit(
         self,
@@ -81,29 +144,20 @@ class Gate:
         inputs: tuple[Array | None, ...],
         outputs: tuple[str, ...],
     ) -> asyncio.Future[MemberResult]:
-        """Queues a valid request; with a free slot and nothing to wait for it starts at once.
-
-        Raises QueueFull, or what the gate was closed with. The future fails with a MantaError;
-        cancelling it withdraws the request.
-        """
-        if self._closed is not None:
-            raise _copy(self._closed)
-        if self._scheduler.full:
-            raise QueueFull(self._model_name, self._policy.max_requests)
+        """As `enqueue`, for those who wait on a future: it fails with a MantaError, and cancelling
+        it withdraws the request."""
         reply: asyncio.Future[MemberResult] = asyncio.get_running_loop().create_future()
-        entry = Entry(rows, key, self._clock(), inputs, outputs, reply, self)
-        if self._policy.preserve_ordering:
-            self._ordered.append(entry)
-        self._scheduler.add(entry)
-        self._pump()
+        entry = self.enqueue(_FutureWaiter(reply), rows, key, inputs, outputs)
+        entry.reply = reply
         if entry.waiting:
             reply.add_done_callback(partial(_leave, entry))
         return reply
 
-    def resize(self, slots: int) -> None:
-        """Batches that run go on, also above the new number."""
-        self._slots = slots
-        self._pump()
+    def pump(self) -> None:
+        """More places may be free than when a request came or a batch ended."""
+        self._pump(self._clock())
+        if not self._scheduler.pending:
+            self._places.spare()
 
     def hand_over(self, successor: Gate) -> None:
         """What waits here waits there from now on; what runs is answered here.
@@ -114,7 +168,7 @@ class Gate:
             entry.owner = successor
             successor._scheduler.add(entry)
         self._rest()
-        successor._pump()
+        successor.pump()
 
     def close(self, error: MantaError) -> None:
         """Fails what waits and refuses what comes; batches that run are answered."""
@@ -137,36 +191,48 @@ class Gate:
 
     # --- what goes -----------------------------------------
 
-    def _pump(self) -> None:
-        now_ns = self._clock()
-        for entry in self._scheduler.expired(now_ns):
+    def _pump(self, now_ns: int) -> None:
+        scheduler, places = self._scheduler, self._places
+        for entry in scheduler.expired(now_ns):
             self._deliver(entry, QueueTimeout(self._model_name), Reason.REJECTED, now_ns)
         due_ns = None
-        while self._in_flight + self._frozen < self._slots:
-            step = self._scheduler.next(now_ns)
+        while scheduler.pending:
+            place = places.idle()
+            if place is None:
+                break
+            step = scheduler.next(now_ns)
             if isinstance(step, Group):
-                self._start(step, now_ns)
+                self._start(step, place, now_ns)
                 continue
             if isinstance(step, Wait):
                 due_ns = step.until_ns
             break
         self._release(now_ns)
         self._prefetch(now_ns)
+        if scheduler.pending:
+            self._wait(due_ns, now_ns)
+        elif not self._in_flight:
+            self._rest()
+
+    def _prefetch(self, now_ns: int) -> None:
+        """One full batch per instance may wait beside it: it is there when the one before ends."""
+        scheduler = self._scheduler
+        while scheduler.may_be_full:
+            place = self._places.ahead()
+            group = None if place is None else scheduler.next_full(now_ns)
+            if place is None or group is None:
+                return
+            self._start(group, place, now_ns)
+
+    def _wait(self, due_ns: int | None, now_ns: int) -> None:
+        """Until a held batch is due, the oldest request expires, or a place becomes free."""
+        if due_ns is None:
+            self._places.want()
         expiry_ns = self._scheduler.next_expiry_ns
         if expiry_ns is not None:
             due_ns = expiry_ns if due_ns is None else min(due_ns, expiry_ns)
         if due_ns is not None:
             self._arm(due_ns, now_ns)
-        else:
-            self._rest()
-
-    def _prefetch(self, now_ns: int) -> None:
-        """One full batch per instance may wait beside it: it is there when the one before ends."""
-        while not self._frozen and self._slots <= self._in_flight < 2 * self._slots:
-            group = self._scheduler.next_full(now_ns)
-            if group is None:
-                return
-            self._start(group, now_ns)
 
     def _arm(self, due_ns: int, now_ns: int) -> None:
         """One timer, replaced only by an earlier one: if it rings too early, it is set anew."""
@@ -182,28 +248,51 @@ class Gate:
 
     def _ring(self) -> None:
         self._timer = None
-        self._pump()
+        self._pump(self._clock())
 
-    def _start(self, group: Group, now_ns: int) -> None:
-        living = tuple(entry for entry in group.members if not entry.reply.done())
-        if len(living) < len(group.members):
+    def _start(self, group: Group, place: Place, now_ns: int) -> None:
+        if any(_gone(entry) for entry in group.members):
+            living = []
             for entry in group.members:
-                if entry.reply.done():
+                if _gone(entry):
                     self._left(entry, now_ns)
+                else:
+                    living.append(entry)
             if not living:
                 return
-            group = Group(living, group.released_ns)
+            group = Group(tuple(living), group.released_ns)
         self._in_flight += 1
+        place.running += 1
         # An empty context: one client's disconnect, deadline or trace must not reach the others.
-        loop = asyncio.get_running_loop()
-        task: asyncio.Task[None] = contextvars.Context().run(loop.create_task, self._run(group))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        context = contextvars.Context()
+        future = context.run(self._run, group, place)
+        self._running.add(future)  # the loop itself holds tasks only weakly
+        future.add_done_callback(partial(self._done, group, place), context=context)
 
-    async def _run(self, group: Group) -> None:
-        """Whatever happens here, every member is answered and the slot is free again."""
+    def _run(self, group: Group, place: Place) -> asyncio.Future[Outcome]:
         try:
-            await self._attempt(group)
+            return asyncio.ensure_future(self._execute(group, place))
+        except Exception as error:
+            failed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
+
+    def _done(self, group: Group, place: Place, future: asyncio.Future[Outcome]) -> None:
+        """Whatever happened, the place is free again, and every member is answered."""
+        self._running.discard(future)
+        place.running -= 1
+        try:
+            outcome = future.result()
+            if outcome.refused:
+                place.refused()
+                self._put_back(group)
+            elif len(outcome.results) != len(group.members):
+                raise ValueError(f"{len(outcome.results)} results for {len(group.members)} members")
+            else:
+                place.accepted()
+                if self._scheduler.pending:  # the instance must not wait for the answers
+                    self._pump(self._clock())
+                self._settle(group, outcome)
         except MantaError as error:
             self._failed(group, error)
         except (Exception, asyncio.CancelledError):
@@ -211,18 +300,8 @@ class Gate:
             self._failed(
                 group, Internal(f"the server failed to execute model '{self._model_name}'")
             )
-        finally:
-            self._in_flight -= 1
-            self._pump()
-
-    async def _attempt(self, group: Group) -> None:
-        outcome = await self._execute(group)
-        if outcome.refused:
-            self._refused(group)
-            return
-        if len(outcome.results) != len(group.members):
-            raise ValueError(f"{len(outcome.results)} results for {len(group.members)} members")
-        self._settle(group, outcome)
+        self._in_flight -= 1
+        self._pump(self._clock())
 
     def _failed(self, group: Group, error: MantaError) -> None:
         now_ns = self._clock()
@@ -230,12 +309,12 @@ class Gate:
             if entry.answer is None:
                 self._answer(entry, error, _reason(error), now_ns)
 
-    def _refused(self, group: Group) -> None:
-        """Nothing ran: to the front of the queue. The slot rests, longer each time in a row."""
+    def _put_back(self, group: Group) -> None:
+        """Nothing ran: to the front of the queue."""
         now_ns = self._clock()
         again = []
         for entry in group.members:
-            if entry.reply.done():
+            if _gone(entry):
                 self._left(entry, now_ns)
             elif self._closed is not None:
                 self._deliver(entry, self._closed, _reason(self._closed), now_ns)
@@ -243,20 +322,12 @@ class Gate:
                 again.append(entry)
         self._scheduler.put_back(Group(tuple(again), group.released_ns))
         for entry in again:
-            entry.reply.add_done_callback(partial(_leave, entry))
-        self._frozen += 1
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._backoff_s, self._thaw, context=contextvars.Context())
-        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
-
-    def _thaw(self) -> None:
-        self._frozen -= 1
-        self._pump()
+            if entry.reply is not None:
+                entry.reply.add_done_callback(partial(_leave, entry))
 
     # --- what becomes of it -----------------------------------------
 
     def _settle(self, group: Group, outcome: Outcome) -> None:
-        self._backoff_s = _BACKOFF_S
         now_ns = self._clock()
         for run in outcome.executions:
             self._counters.executed(run.rows, run.input_ns, run.infer_ns, run.output_ns)
@@ -281,12 +352,12 @@ class Gate:
     ) -> None:
         """Now. What never ran is answered out of turn."""
         waited_ns = now_ns - entry.queued_ns
-        if entry.reply.done():
-            self._counters.failed(Reason.CANCELED, waited_ns)
-        elif isinstance(result, MantaError):
+        if _gone(entry):
+            self._left(entry, now_ns)
+            return
+        if isinstance(result, MantaError):
             self._counters.failed(reason, waited_ns)
-            # Each waiter gets its own: a raised error collects a traceback.
-            entry.reply.set_exception(_copy(result))
+            result = _copy(result)  # each waiter gets its own: a raised error collects a traceback
         else:
             self._counters.succeeded(
                 entry.rows,
@@ -296,25 +367,29 @@ class Gate:
                 result.infer_ns,
                 result.output_ns,
             )
-            entry.reply.set_result(result)
         entry.answer = _answered
+        try:
+            entry.waiter.deliver(result)
+        except Exception:  # one client's trouble is not the others'
+            logger.exception("an answer of model '%s' was not delivered", self._model_name)
 
     def _left(self, entry: Entry, now_ns: int) -> None:
         self._counters.failed(Reason.CANCELED, now_ns - entry.queued_ns)
         entry.answer = _answered
 
-    def _withdraw(self, entry: Entry, reply: asyncio.Future[MemberResult]) -> None:
+    def _withdraw(self, entry: Entry) -> None:
         if not self._scheduler.withdraw(entry):
             return
         self._left(entry, self._clock())
         # Without it the rest may be a preferred size. Once per tick: clients can leave in crowds.
         if not self._pumping:
             self._pumping = True
-            reply.get_loop().call_soon(self._pump_once, context=contextvars.Context())
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._pump_once, context=contextvars.Context())
 
     def _pump_once(self) -> None:
         self._pumping = False
-        self._pump()
+        self._pump(self._clock())
 
     def _rest(self) -> None:
         if not self.pending and not self._in_flight:
@@ -324,9 +399,13 @@ class Gate:
                     drained.set_result(None)
 
 
+def _gone(entry: Entry) -> bool:
+    return entry.left or (entry.reply is not None and entry.reply.done())
+
+
 def _leave(entry: Entry, reply: asyncio.Future[MemberResult]) -> None:
     """A client is gone, or its request answered, while it may still wait; in whichever gate."""
-    entry.owner._withdraw(entry, reply)
+    entry.owner._withdraw(entry)
 
 
 def _answered(now_ns: int) -> None:

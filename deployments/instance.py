@@ -1,19 +1,19 @@
 """Instance: one executor of a model, with a thread of its own and, on CUDA, a stream.
 
-Owns when its model loads, runs and goes, what a failed execution means for each member of a batch
-(design §4: one bad request never hurts another) and its proof of life. Called by `replica.py`.
+Owns when its model loads, runs and goes, what its thread waits for, and its proof of life. What an
+execution means for each member of a batch is `execution`. Called by `replica.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,10 +24,14 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 
 from . import runtimes
-from .errors import ExecutionFailed, MantaError, ShuttingDown
-from .runtimes import convert, faults, settings
+from .desk import Desk, How
+from .errors import ExecutionFailed, ShuttingDown
+from .execution import Execution
+from .poller import Poller, Work
+from .runtimes import settings
 from .runtimes.faults import FatalDeviceError
-from .types import Array, Batch, BatchReply, OutputArray, Part
+from .slots import Slots
+from .types import Batch, BatchReply
 from .weights import Lease, WeightCache, free_device_memory, weight_key
 
 __all__ = ["FatalDeviceError", "Instance", "Progress"]
@@ -38,6 +42,8 @@ T = TypeVar("T")
 State = Literal["loading", "idle", "running", "stopped"]
 
 _JOIN_S = 5.0
+# How long answers may take to leave when the instance closes.
+_FLUSH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +56,13 @@ class Progress:
 
 
 class Instance:
-    """Batches run one at a time, in the order of `submit`. Any thread may call any method.
+    """Batches run one at a time, in the order in which they come. Any thread may call any method.
 
-    `cache` given: the loaded model is shared with the other instances that use the same cache.
-    `threads` is the intra-op count for a model that does not give one.
+    The thread waits for Routers' connections (`attach`) and for what is posted to it at once, so
+    that a batch from a connection costs no change of threads. `slots` says how many batches it
+    has. `cache` given: the loaded model is shared with the other instances that use the same cache.
+    `threads` is the intra-op count for a model that does not give one. `on_fatal` hears, on the
+    thread, that the process must end.
     """
 
     def __init__(
@@ -66,8 +75,11 @@ class Instance:
         kind: str,
         cache: WeightCache | None = None,
         threads: int | None = None,
+        on_fatal: Callable[[FatalDeviceError], None] | None = None,
     ) -> None:
         self.name = name
+        self.slots = Slots()
+        self.finished_ns = 0
         self._artifact = artifact
         self._config = config
         self._parameters = parameters
@@ -75,13 +87,14 @@ class Instance:
         self._kind = kind
         self._cache = cache
         self._threads = threads
+        self._on_fatal = on_fatal
         self._runtime_kind = runtime_kind(config, (artifact.name,))
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._poller: Poller | None = None
         self._thread: threading.Thread | None = None
         self._runtime: runtimes.Runtime | None = None
         self._lease: Lease[runtimes.Runtime] | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._execution: Execution | None = None
         self._state: State = "loading"
         self._running_since_ns: int | None = None
         self._asked_ns: int | None = None
@@ -102,7 +115,8 @@ class Instance:
         with self._lock:
             self._closed = True
             thread = self._thread
-        self._tasks.put(None)
+        if self._poller is not None:
+            self._poller.post(None)
         if thread is None:
             self._state = "stopped"
         elif thread is not threading.current_thread():
@@ -113,9 +127,9 @@ class Instance:
 
     def beat(self) -> None:
         """Asks an idle thread to show that it moves; a busy one shows it by what it runs."""
-        if self._state == "idle" and self._asked_ns is None:
+        if self._state == "idle" and self._asked_ns is None and self._poller is not None:
             self._asked_ns = time.monotonic_ns()
-            self._tasks.put(self._answer_beat)
+            self._poller.post(self._answer_beat)
 
     def _answer_beat(self) -> None:
         self._asked_ns = None
@@ -125,45 +139,81 @@ class Instance:
         return 0 if runtime is None else runtime.weight_pointer()
 
     def submit(self, batch: Batch) -> Future[BatchReply]:
-        """Fails with FatalDeviceError when the process must end, ShuttingDown when closed."""
-        return self._post(lambda: self._execute(batch))
+        """Whether or not there is room. Fails with FatalDeviceError when the process must end,
+        ShuttingDown when closed."""
+        self.slots.admit(always=True)
+        return self._post(self._timed(batch), self.slots.done)
+
+    def offer(self, batch: Batch) -> Future[BatchReply] | None:
+        """As `submit`, if there is room."""
+        if not self.slots.admit():
+            return None
+        return self._post(self._timed(batch), self.slots.done)
+
+    def queue(self, batch: Batch) -> Future[BatchReply]:
+        """As `submit`, when its turn comes among all who want to send; cancel it to give up."""
+        future: Future[BatchReply] = Future()
+        task = _task(future, self._timed(batch), self.slots.done)
+
+        def admitted() -> bool:
+            if future.cancelled() or self._poller is None:
+                return False
+            self._poller.ready(task)
+            return True
+
+        self.slots.queue(admitted)
+        self._post(lambda: None)  # there may be room by now
+        return future
 
     def run(self, batch: Batch) -> BatchReply:
         return self.submit(batch).result()
 
+    def attach(self, sock: socket.socket, router_id: str) -> None:
+        """Takes over a Router's connection: its batches are read on the instance's own thread."""
+        opened = self._post(lambda: self._open(sock, router_id))
+        if opened.done() and isinstance(opened.exception(), ShuttingDown):
+            sock.close()
+
+    def drain(self) -> None:
+        """Routers are told to send no more; what they have sent is answered."""
+        self.slots.drain()
+        self._post(lambda: None)
+
     # --- the thread ------------------------------------------------------------------------------
 
-    def _post(self, work: Callable[[], T]) -> Future[T]:
+    def _post(self, work: Callable[[], T], done: Work | None = None) -> Future[T]:
+        """`done` is called once the work is done, or comes to nothing."""
         future: Future[T] = Future()
-
-        def task() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = work()
-            except SystemExit as error:  # a model that calls sys.exit ends its load, not the server
-                future.set_exception(RuntimeError(f"the model called sys.exit({error.code!r})"))
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
         with self._lock:
-            if self._closed:
-                future.set_exception(ShuttingDown())
+            if not self._closed:
+                if self._poller is None:
+                    self._poller = Poller(self.slots)
+                    self._thread = threading.Thread(
+                        target=self._loop, args=(self._poller,), name=self.name, daemon=True
+                    )
+                    self._thread.start()
+                self._poller.post(_task(future, work, done))
                 return future
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name=self.name, daemon=True)
-                self._thread.start()
-            self._tasks.put(task)
+        if done is not None:
+            done()
+        future.set_exception(ShuttingDown())
         return future
 
-    def _loop(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            task()
-            del task  # or the last batch stays in memory until the next one
-        self._unload()
-        self._state = "stopped"
+    def _loop(self, poller: Poller) -> None:
+        try:
+            while (work := poller.next()) is not None:
+                work()
+                del work  # or the last batch stays in memory until the next one
+            for work in poller.last():
+                work()
+            poller.finish(_FLUSH_S)
+            self._unload()
+        finally:  # also should there be a mistake of ours: health must see it
+            self._state = "stopped"
+
+    def _open(self, sock: socket.socket, router_id: str) -> None:
+        assert self._poller is not None
+        Desk(sock, router_id, self.slots, self._poller, self)
 
     def _load(self) -> None:
         if self._runtime is not None:
@@ -181,8 +231,18 @@ class Instance:
                 if self._lease.reused:
                     label = self._runtime.label
                     logger.info("Reusing %s model for instance '%s'", label, self.name)
+        stream: torch.cuda.Stream | None = None
         if self._kind != "KIND_MODEL" and self._runtime.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._runtime.device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self._runtime.device)  # type: ignore[no-untyped-call]
+        self._execution = Execution(
+            self.name,
+            self._runtime,
+            self._config,
+            self._parameters,
+            self._kind,
+            stream,
+            self._trying,
+        )
         self._state = "idle"
 
     def _load_runtime(self) -> runtimes.Runtime:
@@ -194,7 +254,7 @@ class Instance:
         return runtime
 
     def _unload(self) -> None:
-        self._runtime = self._stream = None
+        self._runtime = self._execution = None
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release()
@@ -206,148 +266,64 @@ class Instance:
 
     # --- execution -------------------------------------------------------------------------------
 
-    def _execute(self, batch: Batch) -> BatchReply:
+    def _timed(self, batch: Batch) -> Callable[[], BatchReply]:
+        """Also tells for how long it waited for a run before it to end."""
+        sent_ns = time.monotonic_ns()
+
+        def work() -> BatchReply:
+            waited_ns = max(0, self.finished_ns - sent_ns)
+            return replace(self.execute(batch), waited_ns=waited_ns)
+
+        return work
+
+    def execute(self, batch: Batch, how: How = "") -> BatchReply:
+        """On the instance's thread. Raises SendAgain when the batch is joined and has failed."""
         if self._fatal is not None:
             raise self._fatal
-        if self._runtime is None:
+        if self._execution is None:
             raise ExecutionFailed("the instance has not loaded its model")
         self._state = "loading" if self._unproven else "running"
-        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         try:
-            with self._guard(), stream:
-                parts = tuple(self._run_members(self._runtime, batch))
+            with self._guard():
+                parts = self._execution.run(batch, how)
             self._unproven = self._unproven and all(part.error is not None for part in parts)
             return BatchReply(parts)
         except FatalDeviceError as error:
             self._fatal = error
+            if self._on_fatal is not None:
+                self._on_fatal(error)
             raise
         finally:
             self._running_since_ns = None
+            self.finished_ns = time.monotonic_ns()
             if self._asked_ns is not None:  # a beat that waited behind this batch
                 self._asked_ns = time.monotonic_ns()
             self._state = "idle" if self._fatal is None else "stopped"
 
-    def _run_members(self, runtime: runtimes.Runtime, batch: Batch) -> list[Part]:
-        members = tuple(range(len(batch.rows)))
-        if self._config.max_batch_size > 0:
-            return self._attempt(runtime, batch, members)
-        return [part for k in members for part in self._attempt(runtime, batch, (k,))]
-
-    def _attempt(
-        self, runtime: runtimes.Runtime, batch: Batch, members: tuple[int, ...], last: bool = False
-    ) -> list[Part]:
-        """`last`: this is the second try, of one member, and the error is its own."""
-        try:
-            return self._run_once(runtime, batch, members)
-        except SystemExit as caught:
-            error: Exception = RuntimeError(f"the model called sys.exit({caught.code!r})")
-        except Exception as caught:
-            error = caught
-            logger.debug("instance '%s': execution failed", self.name, exc_info=True)
-        # Outside the except clause: the traceback would hold the failed run's memory.
-        error.__traceback__ = None
-        error.__cause__ = error.__context__ = None
-        self._raise_if_fatal(runtime, error)
-        if faults.is_out_of_memory(error):
-            free_device_memory()
-            if len(members) > 1:
-                half = len(members) // 2
-                first = self._attempt(runtime, batch, members[:half])
-                return first + self._attempt(runtime, batch, members[half:])
-            if not last:
-                return self._attempt(runtime, batch, members, last=True)
-        if len(members) > 1:
-            return [
-                part for k in members for part in self._attempt(runtime, batch, (k,), last=True)
-            ]
-        return [Part(members, {}, _as_answer(error))]
-
-    def _run_once(
-        self, runtime: runtimes.Runtime, batch: Batch, members: tuple[int, ...]
-    ) -> list[Part]:
+    def _trying(self) -> None:
+        """A batch, or a piece of one that failed, starts: each has the whole limit."""
         if not self._unproven:
-            self._running_since_ns = time.monotonic_ns()  # each try has the whole limit
-        started = time.perf_counter_ns()
-        inputs, good, bad = self._build(runtime, batch, members)
-        if not good:
-            return bad
-        self._synchronize()
-        built = time.perf_counter_ns()
-        values = runtime.run(inputs)
-        self._synchronize()  # an error of the device shows here and not in a later batch
-        ran = time.perf_counter_ns()
-        outputs: dict[str, OutputArray] = {}
-        failure: MantaError | None = None
+            self._running_since_ns = time.monotonic_ns()
+
+
+def _task(future: Future[T], work: Callable[[], T], done: Work | None) -> Work:
+    def task() -> None:
+        if not future.set_running_or_notify_cancel():
+            if done is not None:
+                done()
+            return
+        failure: BaseException | None = None
         try:
-            for output, value in zip(self._config.output, values, strict=True):
-                convert.check_output(output, value)
-            wanted = set(batch.outputs)
-            for index, output in enumerate(self._config.output):
-                value, values[index] = values[index], None
-                if output.name in wanted:
-                    outputs[output.name] = convert.read_output(value)
-                del value
-        except MantaError as error:  # the same for all members: there is no culprit among them
-            outputs, failure = {}, error
-        del inputs, values
-        if self._parameters.enable_cache_cleaning and torch.cuda.is_available():
-            if self._kind != "KIND_CPU":
-                torch.cuda.empty_cache()
-        finished = time.perf_counter_ns()
-        part = Part(good, outputs, failure, built - started, ran - built, finished - ran)
-        return [part, *bad]
+            result = work()
+        except SystemExit as error:  # a model that calls sys.exit ends its load, not the server
+            failure = RuntimeError(f"the model called sys.exit({error.code!r})")
+        except BaseException as error:
+            failure = error
+        if done is not None:
+            done()
+        if failure is None:
+            future.set_result(result)
+        else:
+            future.set_exception(failure)
 
-    def _build(
-        self, runtime: runtimes.Runtime, batch: Batch, members: Sequence[int]
-    ) -> tuple[list[runtimes.Value | None], tuple[int, ...], list[Part]]:
-        """The inputs, who is in them, and an error for each member whose strings are no strings."""
-        strings: dict[tuple[int, int], list[str]] = {}
-        bad: dict[int, MantaError] = {}
-        batching = self._config.max_batch_size > 0
-        for index, tensor in enumerate(self._config.input):
-            if tensor.data_type == "TYPE_STRING":
-                for k in members:
-                    array = batch.inputs[index][k]
-                    try:
-                        strings[index, k] = convert.decode_strings(
-                            tensor, _present(array, tensor.name), batch.rows[k], batching
-                        )
-                    except MantaError as error:
-                        bad.setdefault(k, error)
-        good = tuple(k for k in members if k not in bad)
-        inputs: list[runtimes.Value | None] = []
-        for index, tensor in enumerate(self._config.input if good else ()):
-            if tensor.data_type == "TYPE_STRING":
-                inputs.append([text for k in good for text in strings[index, k]])
-            else:
-                arrays = [_present(batch.inputs[index][k], tensor.name) for k in good]
-                inputs.append(convert.build_tensor(tensor, arrays, runtime.device))
-        return inputs, good, [Part((k,), {}, error) for k, error in bad.items()]
-
-    def _synchronize(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _raise_if_fatal(self, runtime: runtimes.Runtime, error: Exception) -> None:
-        if not faults.is_fatal(error) and runtime.device.type == "cuda":
-            try:  # a lost device fails every call from now on, whatever the first error said
-                torch.cuda.synchronize(runtime.device)
-            except RuntimeError as second:
-                if not faults.is_out_of_memory(second):
-                    error = FatalDeviceError(faults.clean_text(second))
-        if isinstance(error, FatalDeviceError):
-            raise error
-        if faults.is_fatal(error):
-            raise FatalDeviceError(faults.clean_text(error))
-
-
-def _present(array: Array | None, name: str) -> Array:
-    if array is None:
-        raise ExecutionFailed(f"input '{name}' is absent, and optional inputs are not supported")
-    return array
-
-
-def _as_answer(error: Exception) -> MantaError:
-    if isinstance(error, MantaError):
-        return error
-    return ExecutionFailed(faults.clean_text(error))
+    return task

@@ -1,8 +1,9 @@
 """ModelReplica: the process that holds the instances of one group on one device.
 
-Owns admission to its instances, their health, and what the Controller hears of them. Does not
-queue beyond one prefetched batch per instance. Called by Routers through `client.py`, by Serve for
-health and shutdown. Imports torch only after the environment that torch reads is set.
+Owns the choice of an instance for a batch that comes through Serve, their health, and what the
+Controller hears of them; how many batches an instance has is its own affair (`slots`). Routers of
+this node come through its `doorway`, others call `execute`. Imports torch only after the
+environment that torch reads is set.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
-from concurrent.futures import Future
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ray import get_runtime_context, serve
@@ -21,9 +22,10 @@ from ray import get_runtime_context, serve
 from configs.errors import ConfigError
 from configs.parameters import log_lines, parse_parameters
 
+from .doorway import Doorway
 from .errors import MantaError
 from .repository import Repository
-from .types import Batch, BatchReply, ReplicaReport, ReplicaSpec
+from .types import Batch, BatchReply, ChannelAddress, ReplicaReport, ReplicaSpec
 
 if TYPE_CHECKING:
     from .instance import Instance
@@ -37,6 +39,10 @@ IDLE_LIMIT_S = 30.0
 # A model that does not load is the Controller's to remove. A replica that stands in for a dead one
 # has nobody who would: after this long Serve may try again.
 ERROR_LIMIT_S = 15.0
+# A batch that comes through Serve takes its turn among the Routers' for this long, and only so many
+# do at an instance: then the Router keeps it.
+TURN_S = 0.25
+MAX_TURNS = 2
 
 
 class ModelReplica:
@@ -51,8 +57,8 @@ class ModelReplica:
     ) -> None:
         self._spec = spec
         self._instances: list[Instance] = []
-        self._free: asyncio.Queue[Instance] = asyncio.Queue()
-        self._waiting = 0
+        self._doorway: Doorway | None = None
+        self._channel: ChannelAddress | None = None
         self._error = ""
         self._log = _LoadLog()
         self._draining = False
@@ -73,8 +79,9 @@ class ModelReplica:
             self._error = f"failed to load model '{spec.model_name}': {_without_paths(error, spec)}"
         self._loaded_s = time.monotonic()
         self._load_duration_s = self._loaded_s - started
-        for instance in self._instances:
-            self._free.put_nowait(instance)
+        if self._instances:
+            self._doorway = Doorway(len(self._instances), self._admit)
+            self._channel = self._doorway.open()
         self._heart = asyncio.get_running_loop().create_task(self._heartbeat())
 
     async def _load(self) -> None:
@@ -106,6 +113,7 @@ class ModelReplica:
                 kind=spec.kind,
                 cache=cache,
                 threads=spec.threads,
+                on_fatal=self._end,
             )
             for k in range(spec.instances)
         ]
@@ -122,38 +130,22 @@ class ModelReplica:
 
     # --- data path -------------------------------------------------------------------------------
 
-    async def execute(self, batch: Batch) -> BatchReply:
-        """Run one batch on a free instance.
-
-        Refuses when every instance runs and as many batches wait already: that happens only when
-        several Routers offer more than there is, and the Router keeps the batch in its queue.
-        """
+    async def execute(self, batch: Batch, replica_id: str = "") -> BatchReply:
+        """Run one batch that comes through Serve. `replica_id` is Serve's to read."""
+        del replica_id
         if self._draining or self._error or not self._instances:
             return BatchReply(parts=(), refused=True)
-        if self._free.empty() and self._waiting >= len(self._instances):
-            return BatchReply(parts=(), refused=True)
-        arrived_ns = time.perf_counter_ns()
-        self._waiting += 1
-        try:
-            instance = await self._free.get()
-        finally:
-            self._waiting -= 1
-        waited_ns = time.perf_counter_ns() - arrived_ns
-        future = instance.submit(batch)
-        loop = asyncio.get_running_loop()
-        # The instance is free when its thread is, whatever has become of the caller by then.
-        future.add_done_callback(lambda done: self._finished(loop, instance, done))
-        reply = await asyncio.shield(asyncio.wrap_future(future))
-        return replace(reply, waited_ns=waited_ns)
+        return await _run_on(self._instances, batch)
 
-    def _finished(
-        self, loop: asyncio.AbstractEventLoop, instance: Instance, done: Future[BatchReply]
-    ) -> None:
-        error = None if done.cancelled() else done.exception()
-        if error is not None and _is_fatal(error):
-            logger.critical("fatal device error, this process ends: %s", error)
-            os._exit(1)
-        loop.call_soon_threadsafe(self._free.put_nowait, instance)
+    def _admit(self, instance: int, sock: socket.socket, router_id: str) -> None:
+        if self._draining:
+            sock.close()
+        else:
+            self._instances[instance].attach(sock, router_id)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook for a deployment's own load figure: it does not see the channel's work."""
+        return {"batches": float(sum(instance.slots.held for instance in self._instances))}
 
     # --- health ----------------------------------------------------------------------------------
 
@@ -194,9 +186,15 @@ class ModelReplica:
             if stuck:
                 # Nothing but the process's end frees a thread that hangs. Serve would first wait
                 # out its grace for the very request that hangs; so its client hears of it now.
-                logger.critical("%s, this process ends", stuck)
-                os._exit(1)
+                self._end(stuck)
             await asyncio.sleep(HEARTBEAT_S)
+
+    def _end(self, reason: object) -> None:
+        """Now, and on any thread: the device is lost, or a thread hangs."""
+        logger.critical("%s, this process ends", reason)
+        if self._doorway is not None:
+            self._doorway.remove()
+        os._exit(1)
 
     async def _tell(self) -> None:
         await self._controller.report.remote(self._report())
@@ -219,19 +217,37 @@ class ModelReplica:
             draining=self._draining,
             load_duration_s=self._load_duration_s,
             weight_pointers=tuple(instance.weight_pointer() for instance in self._instances),
+            channel=self._channel,
             log=tuple(self._log.lines),
             details={
                 "gpu": "" if spec.gpu is None else str(spec.gpu),
                 "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                **self._traffic(),
                 "cuda_launch_blocking": os.environ.get("CUDA_LAUNCH_BLOCKING", ""),
             },
         )
+
+    def _traffic(self) -> dict[str, str]:
+        """How batches came, over all instances; `peak_held` and `routers` are those of the one that
+        has the most."""
+        slots = [instance.slots for instance in self._instances]
+        return {
+            "peak_held": str(max((one.peak_held for one in slots), default=0)),
+            "routers": str(max((one.parties for one in slots), default=0)),
+            "by_channel": str(sum(one.by_channel for one in slots)),
+            "by_serve": str(sum(one.by_serve for one in slots)),
+        }
 
     # --- the end ---------------------------------------------------------------------------------
 
     async def __del__(self) -> None:
         """Serve calls this once no request is ongoing; the process ends afterwards."""
         self._draining = True
+        doorway = getattr(self, "_doorway", None)
+        if doorway is not None:
+            doorway.close()
+        for instance in self._instances:
+            instance.drain()
         heart = getattr(self, "_heart", None)
         if heart is not None:
             heart.cancel()
@@ -279,10 +295,33 @@ def _device(spec: ReplicaSpec) -> str:
     return "cpu"
 
 
-def _is_fatal(error: BaseException) -> bool:
-    from .instance import FatalDeviceError
+async def _run_on(instances: Sequence[Instance], batch: Batch) -> BatchReply:
+    """On the instance that has least to do.
 
-    return isinstance(error, FatalDeviceError)
+    Refuses when its turn does not come soon: that happens only when several Routers offer more
+    than there is, and the Router keeps the batch in its queue.
+    """
+    instance = min(instances, key=_busyness)
+    offered = instance.offer(batch)
+    if offered is not None:  # it runs, whatever becomes of the caller
+        return await asyncio.shield(asyncio.wrap_future(offered))
+    if instance.slots.waiting >= MAX_TURNS:
+        return BatchReply(parts=(), refused=True)
+    queued = instance.queue(batch)
+    reply = asyncio.wrap_future(queued)
+    try:
+        await asyncio.wait({reply}, timeout=TURN_S)
+    except asyncio.CancelledError:
+        queued.cancel()
+        raise
+    if queued.cancel():
+        return BatchReply(parts=(), refused=True)
+    return await asyncio.shield(reply)
+
+
+def _busyness(instance: Instance) -> tuple[int, int]:
+    """By batches; among equals, one that has just begun a run moves, and one that hangs is last."""
+    return instance.slots.held, -(instance.progress().running_since_ns or 0)
 
 
 def _without_paths(error: BaseException, spec: ReplicaSpec) -> str:

@@ -63,8 +63,9 @@ def policy(config: ModelConfig, settings: QueueLimits) -> BatchPolicy:
 class Entry:
     """One waiting request. Only entries with equal `key` may share a batch.
 
-    `inputs` and `outputs` are what the batch call needs, `reply`, `owner` and `answer` belong to
-    the Gate: none of them is looked at here. `order` and `waiting` belong to the Scheduler.
+    `inputs` and `outputs` are what the batch call needs; `waiter`, `reply`, `left`, `owner` and
+    `answer` belong to the Gate: none of them is looked at here. `order` and `waiting` belong to
+    the Scheduler.
     """
 
     rows: int
@@ -72,7 +73,9 @@ class Entry:
     queued_ns: int
     inputs: tuple[Array | None, ...] = ()
     outputs: tuple[str, ...] = ()
+    waiter: Any = None
     reply: Any = None
+    left: bool = False
     owner: Any = None
     answer: Any = None
     order: int = 0
@@ -191,6 +194,11 @@ class Scheduler:
         if not self._ready and now_ns < until_ns:
             return Wait(until_ns)
         return self._take(now_ns)
+
+    @property
+    def may_be_full(self) -> bool:
+        """Cheap to ask: False when `next_full` would find nothing, True promises nothing."""
+        return self._policy.merge and self._policy.max_rows > 1 and self._live > 0
 
     def next_full(self, now_ns: int) -> Group | None:
         """A batch that waiting could not make larger, for an instance that still runs another.

@@ -78,12 +78,14 @@ class Batch:
     `rows[k]` is the batch size of member k (1 for a model without a batch dimension).
     `inputs[i][k]` is member k's array for config input i, in the model's view (reshape applied),
     or None where an optional input is absent. `outputs` names the config outputs that some member
-    wants.
+    wants. Where `joined[i]` is an array, it holds all members' rows of input i one after another,
+    and `inputs[i]` is empty.
     """
 
     rows: tuple[int, ...]
     inputs: tuple[tuple[Array | None, ...], ...]
     outputs: tuple[str, ...]
+    joined: tuple[Array | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,30 @@ class ModelState(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelAddress:
+    """Where a replica listens for Routers on its own node, and what a Router must show there."""
+
+    path: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A live replica. `channel` is None where it has none; others reach it through Serve."""
+
+    replica_id: str
+    node_id: str
+    instances: int
+    channel: ChannelAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A deployment of a model's application, and how many batches its live replicas can run."""
 
     deployment: str
     slots: int
+    endpoints: tuple[Endpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +217,7 @@ class ReplicaReport:
     draining: bool = False
     load_duration_s: float = 0.0
     weight_pointers: tuple[int, ...] = ()
+    channel: ChannelAddress | None = None
     log: tuple[str, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ import asyncio
 
 from deployments.batcher import Execution, MemberResult, Outcome
 from deployments.gate import Gate
+from deployments.places import Place
 from deployments.scheduler import BatchPolicy
 from deployments.statistics import Counters
 
@@ -21,7 +22,7 @@ class Model:
         self.calls = []
         self.replies = []
 
-    async def execute(self, group):
+    async def execute(self, group, place):
         self.calls.append([entry.inputs[0] for entry in group.members])
         reply = asyncio.get_running_loop().create_future()
         self.replies.append((group, reply))
@@ -42,6 +43,45 @@ class Model:
             reply.set_result(Outcome(results, (Execution(rows, 1, 2, 3),)))
 
 
+class Slots:
+    """A number of places that changes when the test says so."""
+
+    def __init__(self, count, changed):
+        self._changed = changed
+        self._all = []
+        self.count = count
+
+    def _places(self):
+        while len(self._all) < self.count:
+            self._all.append(Place(None, self._changed))
+        return self._all[: self.count]
+
+    def idle(self):
+        return next((place for place in self._places() if place.idle), None)
+
+    def ahead(self):
+        return next((place for place in self._places() if place.ahead), None)
+
+    def want(self):
+        pass
+
+    def spare(self):
+        pass
+
+
+class SlotGate(Gate):
+    """A gate over Slots."""
+
+    def __init__(self, model_name, policy, execute, slots, counters=None, clock=None):
+        self.slots = Slots(slots, lambda: self.pump())
+        clocks = {} if clock is None else {"clock": clock}
+        super().__init__(model_name, policy, execute, self.slots, counters, **clocks)
+
+    def resize(self, slots):
+        self.slots.count = slots
+        self.pump()
+
+
 def make(clock, slots=1, model=None, **changes):
     policy = {
         "max_rows": 8,
@@ -54,7 +94,7 @@ def make(clock, slots=1, model=None, **changes):
     }
     model = model or Model()
     counters = Counters(clock)
-    gate = Gate("m", BatchPolicy(**policy), model.execute, slots, counters, clock)
+    gate = SlotGate("m", BatchPolicy(**policy), model.execute, slots, counters, clock)
     return gate, model, counters
 
 

@@ -10,10 +10,10 @@ import pytest
 from deployments.batcher import Batcher, Call, Collector, Execution, MemberResult, Outcome
 from deployments.batcher import build as build_batch
 from deployments.errors import ExecutionFailed, Internal, ReplicaLost, Unsupported
-from deployments.gate import Gate
 from deployments.scheduler import BatchPolicy, Entry, Group
 from deployments.types import BatchReply, OutputArray, Part
 
+from .gates import SlotGate
 from .virtual_time import run, settle
 
 
@@ -51,7 +51,11 @@ class Client:
 
 
 def outcome_of(group, reply, batched=True):
-    return asyncio.run(Batcher("m", batched, Client(reply)).run(group))
+    return asyncio.run(outcome_at(Batcher("m", batched), group, Client(reply)))
+
+
+async def outcome_at(batcher, group, place):
+    return await batcher.run(group, place)
 
 
 def answers(outcome) -> list[MemberResult]:
@@ -92,7 +96,7 @@ def test_each_member_gets_its_rows_as_views():
 
 def test_times_are_those_of_the_execution_and_the_members_own_wait():
     group = group_of(member(queued_ns=10), member(queued_ns=40))
-    outcome = asyncio.run(Batcher("m", True, Client()).run(group))
+    outcome = asyncio.run(outcome_at(Batcher("m", True), group, Client()))
     assert [result.queue_ns for result in answers(outcome)] == [90, 60]
     assert [(r.input_ns, r.infer_ns, r.output_ns) for r in answers(outcome)] == [(1, 2, 3)] * 2
     assert outcome.executions == [Execution(2, 1, 2, 3)]
@@ -186,8 +190,15 @@ def test_a_refusal_says_so():
 
 def test_what_the_client_raises_reaches_every_member_through_the_gate():
     async def main(clock):
-        batcher = Batcher("m", True, Client(error=ReplicaLost("m")))
-        gate = Gate("m", BatchPolicy(8, True, (8,), 0, 9, 0), batcher.run, 0, clock=clock)
+        batcher, lost = Batcher("m", True), Client(error=ReplicaLost("m"))
+        gate = SlotGate(
+            "m",
+            BatchPolicy(8, True, (8,), 0, 9, 0),
+            lambda g, _: batcher.run(g, lost),
+            0,
+            None,
+            clock,
+        )
         futures = [gate.submit(1, "k", (np.zeros((1, 2)),), ("y",)) for _ in range(3)]
         gate.resize(1)
         await settle()
@@ -233,8 +244,8 @@ def test_groups_of_several_models_are_sorted_out(handfuls):
         desk = Desk(handfuls)
         one, two = Client(), Client()
         outcomes = await asyncio.gather(
-            Batcher("one", True, one, desk.collect).run(group_of(member(1), member(2), member(3))),
-            Batcher("two", True, two, desk.collect).run(group_of(member(4), member(5))),
+            Batcher("one", True, desk.collect).run(group_of(member(1), member(2), member(3)), one),
+            Batcher("two", True, desk.collect).run(group_of(member(4), member(5)), two),
         )
         assert [batch.rows for batch in one.batches] == [(1, 2, 3)]  # one call per group
         assert [batch.rows for batch in two.batches] == [(4, 5)]
@@ -243,7 +254,8 @@ def test_groups_of_several_models_are_sorted_out(handfuls):
                 np.testing.assert_array_equal(
                     result.outputs["y"].data, np.full((rows, 2), 2 * rows, np.float32)
                 )
-        assert not desk.collector._tasks
+        await settle()
+        assert not desk.collector._running
 
     asyncio.run(main())
 
@@ -252,10 +264,12 @@ def test_a_slow_group_does_not_hold_up_another():
     async def main():
         desk = Desk([])
         gone = asyncio.get_running_loop().create_future()
-        slow = Batcher("slow", True, Client(wait=gone), desk.collect)
-        fast = Batcher("fast", True, Client(), desk.collect)
-        waiting = asyncio.ensure_future(slow.run(group_of(member(), member())))
-        assert (await fast.run(group_of(member(), member()))).results  # of the same handful
+        slow = Batcher("slow", True, desk.collect)
+        fast = Batcher("fast", True, desk.collect)
+        waiting = asyncio.ensure_future(slow.run(group_of(member(), member()), Client(wait=gone)))
+        assert (
+            await fast.run(group_of(member(), member()), Client())
+        ).results  # of the same handful
         assert not waiting.done()
         gone.set_result(None)
         assert (await waiting).results
@@ -266,7 +280,7 @@ def test_a_slow_group_does_not_hold_up_another():
 def test_a_single_request_needs_no_collecting():
     async def main():
         desk = Desk([])
-        outcome = await Batcher("m", True, Client(), desk.collect).run(group_of(member()))
+        outcome = await Batcher("m", True, desk.collect).run(group_of(member()), Client())
         assert isinstance(outcome.results[0], MemberResult)
         assert desk.taken == 0
 
@@ -277,11 +291,11 @@ def test_a_single_request_needs_no_collecting():
 def test_a_failing_group_fails_alone(error):
     async def main():
         desk = Desk([])
-        bad = Batcher("bad", True, Client(error=error), desk.collect)
-        good = Batcher("good", True, Client(), desk.collect)
+        bad = Batcher("bad", True, desk.collect)
+        good = Batcher("good", True, desk.collect)
         failed, fine = await asyncio.gather(
-            bad.run(group_of(member(), member())),
-            good.run(group_of(member(), member())),
+            bad.run(group_of(member(), member()), Client(error=error)),
+            good.run(group_of(member(), member()), Client()),
             return_exceptions=True,
         )
         assert type(failed) is type(error)
@@ -294,13 +308,13 @@ def test_an_incomplete_group_does_not_start():
     async def main():
         started = []
 
-        async def execute(group):
+        async def execute(group, place):
             started.append(group)
             return Outcome(())
 
-        call = Call(group_of(member(), member()), execute, asyncio.Future())
+        call = Call(group_of(member(), member()), Client(), execute, asyncio.Future())
         collector = Collector()
-        assert collector.sort([call]) == [call.outcome]
+        assert collector.sort([call]) == [None]
         await settle()
         assert started == []
         collector.sort([call])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation
-from deployments.types import ModelState, ReplicaReport, Target
+from deployments.types import Endpoint, ModelState, ReplicaReport, Target
 from tests import models
 
 CONFIG = models.config({"x": [2]}, {"y": [2]})
@@ -31,32 +31,37 @@ def generation(replicas: int = 2) -> Generation:
     return Generation("manta.m.1.7", CONFIG, "h", {"m_0": replicas})
 
 
+def target(*replica_ids: str) -> tuple[Target, ...]:
+    endpoints = tuple(Endpoint(name, "n", 1, None) for name in replica_ids)
+    return (Target("m_0", len(replica_ids), endpoints),)
+
+
 def test_complete_once_every_replica_vouches() -> None:
     one = generation()
     assert not one.complete()
     assert one.note(report("a"), 0.0) and not one.complete()
     assert not one.note(report("a"), 1.0)  # a heartbeat changes nothing
     assert one.note(report("b"), 1.0) and one.complete()
-    assert one.targets() == (Target("m_0", 2),)
+    assert one.targets() == target("a", "b")
 
 
 def test_an_error_is_told_and_gives_no_slot() -> None:
     one = generation(1)
     assert one.note(report(loaded=False, error="no such file", instances=0), 0.0)
     assert one.error() == "no such file" and not one.complete()
-    assert one.targets() == (Target("m_0", 0),)
+    assert one.targets() == target()
 
 
 def test_silent_unhealthy_and_draining_replicas_give_no_slot() -> None:
     one = generation()
     one.note(report("a"), 0.0)
     one.note(report("b"), STALE_S)
-    assert one.drop_stale(STALE_S + 0.1) and one.targets() == (Target("m_0", 1),)
+    assert one.drop_stale(STALE_S + 0.1) and one.targets() == target("b")
     assert one.note(report("b", healthy=False), STALE_S + 1)
-    assert one.targets() == (Target("m_0", 0),)
+    assert one.targets() == target()
     one.note(report("b"), STALE_S + 2)
     assert one.note(report("b", draining=True), STALE_S + 3)
-    assert one.targets() == (Target("m_0", 0),) and not one.reports
+    assert one.targets() == target() and not one.reports
 
 
 def test_after_a_lost_call_the_dead_drop_out_sooner() -> None:
@@ -99,7 +104,7 @@ def test_the_snapshot_tells_what_serves() -> None:
     assert (one.application, one.config, one.targets) == (
         "manta.m.1.7",
         CONFIG,
-        (Target("m_0", 0),),
+        target(),
     )
     assert untouched.state is ModelState.UNKNOWN and untouched.application == ""
     assert catalogue.find("manta.m.1.7") is version.current

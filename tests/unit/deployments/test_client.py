@@ -1,59 +1,61 @@
-"""A batch goes to a deployment where somebody lives and has a slot."""
+"""How Serve is told which replica a batch is for, and when a replica is reached without Serve."""
 
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
-from deployments.client import Pool
-from deployments.types import Batch, BatchReply, Target
+import pytest
+
+from deployments.client import LeastLoaded, Origin, Reach
+from deployments.types import Batch, ChannelAddress, Endpoint
 
 BATCH = Batch(rows=(1,), inputs=(), outputs=())
+ORIGIN = Origin("here", "router", True, 1 << 20, 10.0)
 
 
-class Client:
-    """Takes batches and keeps them until it is told to answer."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.go_on = asyncio.Event()
-
-    async def execute(self, batch: Batch) -> BatchReply:
-        self.taken += 1
-        await self.go_on.wait()
-        return BatchReply(())
-
-    async def aclose(self) -> None:
-        self.go_on.set()
+def replica(name: str) -> Any:
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name))
 
 
-async def send(pool: Pool, count: int) -> list[asyncio.Task[BatchReply]]:
-    tasks = [asyncio.create_task(pool.execute(BATCH)) for _ in range(count)]
-    await asyncio.sleep(0)
-    return tasks
+def chosen(candidates: list[Any], *arguments: object) -> list[list[Any]]:
+    pending: Any = SimpleNamespace(args=list(arguments))
+    router: Any = None
+    return asyncio.run(LeastLoaded.choose_replicas(router, candidates, pending))
 
 
-def test_the_one_with_the_most_free_slots() -> None:
-    async def run() -> tuple[int, int]:
-        one, other = Client(), Client()
-        pool = Pool({"one": one, "other": other})
-        pool.resize([Target("one", 1), Target("other", 3)])
-        assert pool.slots == 4
-        tasks = await send(pool, 4)
-        await pool.aclose()
-        await asyncio.gather(*tasks)
-        return one.taken, other.taken
-
-    assert asyncio.run(run()) == (1, 3)
+def test_a_batch_goes_to_the_replica_that_it_names() -> None:
+    one, two = replica("one"), replica("two")
+    assert chosen([one, two], BATCH, "two") == [[two]]
 
 
-def test_never_to_where_nobody_lives() -> None:
-    async def run() -> tuple[int, int]:
-        dead, alive = Client(), Client()
-        pool = Pool({"dead": dead, "alive": alive})
-        pool.resize([Target("dead", 0), Target("alive", 1)])
-        tasks = await send(pool, 3)  # more than there are slots: sent ahead
-        await pool.aclose()
-        await asyncio.gather(*tasks)
-        return dead.taken, alive.taken
+@pytest.mark.parametrize("arguments", [(BATCH, "dead"), (BATCH,), ()])
+def test_any_other_call_to_the_least_loaded_of_all(arguments: tuple[object, ...]) -> None:
+    one, two = replica("one"), replica("two")
+    assert chosen([one, two], *arguments) == [[one, two]]
 
-    assert asyncio.run(run()) == (0, 3)
+
+@pytest.mark.parametrize(
+    ("node_id", "has_channel", "use_channels", "local"),
+    [
+        ("here", True, True, True),
+        ("there", True, True, False),
+        ("here", False, True, False),
+        ("here", True, False, False),
+    ],
+)
+def test_a_channel_is_for_the_same_node(
+    node_id: str, has_channel: bool, use_channels: bool, local: bool
+) -> None:
+    origin = Origin("here", "router", use_channels, 1 << 20, 10.0)
+    reach = Reach(origin, "m", "app", lambda: None)
+    address = ChannelAddress("/run/x", "token") if has_channel else None
+    assert reach.is_local(Endpoint("r", node_id, 1, address)) is local
+
+
+def test_a_channel_that_nobody_listens_on_is_an_error(tmp_path: Any) -> None:
+    reach = Reach(ORIGIN, "m", "app", lambda: None)
+    endpoint = Endpoint("r", "here", 1, ChannelAddress(str(tmp_path / "gone"), "token"))
+    with pytest.raises((OSError, Exception)):
+        asyncio.run(reach.channel(endpoint, 0, lambda: None))

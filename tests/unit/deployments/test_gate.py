@@ -237,9 +237,9 @@ async def test_a_batch_does_not_see_the_context_of_a_client(clock):
     seen = []
     model = Model()
 
-    async def execute(group):
+    async def execute(group, place):
         seen.append(secret.get())
-        return await model.execute(group)
+        return await model.execute(group, place)
 
     gate, _, _ = make(clock, model=SimpleNamespace(execute=execute))
     secret.set("client 1")

@@ -155,7 +155,7 @@ async def test_shrinking_below_what_runs_starts_no_more(clock):
     [submit(gate, n) for n in range(4)]
     await settle()
     gate.resize(1)
-    model.finish()
+    model.finish(1)  # of the place that is gone
     await settle()
     assert len(model.calls) == 2
     model.finish()

@@ -298,7 +298,7 @@ def test_progress_and_beats(start):
     instance.beat()
     instance._post(lambda: None).result(10)
     assert instance.progress().asked_since_ns is None  # asked for, and answered
-    module = sys.modules[type(instance._runtime._module).__module__]
+    module = sys.modules[type(instance._runtime.module).__module__]
     future = instance.submit(batch_of(row(1, 2, 3, 4)))
     assert module.ENTERED.wait(10)
     running = instance.progress()

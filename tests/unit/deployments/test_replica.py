@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +13,8 @@ import pytest
 from deployments import replica
 from deployments.types import ReplicaSpec
 from tests import models
+
+from .channels import batch_of, drive, place, rows
 
 SPEC = ReplicaSpec(
     controller_application="manta",
@@ -60,6 +64,42 @@ def test_logical_gpus_and_cpu_groups_leave_the_devices_alone() -> None:
         replica._set_environment(spec)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
         assert replica._device(spec) == "cpu"
+
+
+def go_on(instance) -> None:
+    sys.modules[type(instance._runtime.module).__module__].GO_ON.set()
+
+
+@drive
+async def test_a_batch_goes_where_least_is_done_and_is_refused_when_its_turn_does_not_come():
+    source = (
+        "import threading\nimport torch\nGO_ON = threading.Event()\n"
+        "class Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "        assert GO_ON.wait(10)\n        return x"
+    )
+    async with place(source) as first, place(source) as second:
+        both = [first.instance, second.instance]
+        running = [asyncio.create_task(replica._run_on(both, batch_of(*rows(1)))) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        assert [instance.slots.held for instance in both] == [2, 2]
+        turns = [asyncio.create_task(replica._run_on(both, batch_of(*rows(1)))) for _ in range(9)]
+        gone = turns.pop(0)
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert all([reply.refused for reply in await asyncio.gather(*turns)])
+        for instance in both:
+            go_on(instance)
+        assert not any([reply.refused for reply in await asyncio.gather(*running)])
+        assert not (await replica._run_on(both, batch_of(*rows(1)))).refused
+        assert [instance.slots.held for instance in both] == [0, 0]
+        assert max(instance.slots.peak_held for instance in both) == 2
+
+
+@drive
+async def test_a_batch_that_waits_for_its_turn_gets_it():
+    async with place(models.identity()) as at:
+        replies = [replica._run_on([at.instance], batch_of(*rows(1))) for _ in range(4)]
+        assert not any([reply.refused for reply in await asyncio.gather(*replies)])
 
 
 def test_unexpected_errors_tell_no_place_on_this_host() -> None:

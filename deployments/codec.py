@@ -1,0 +1,353 @@
+"""Batches and replies as headers and raw buffers, in both directions.
+
+Owns their layout and every check of what a peer sent: datatypes from the one table, shapes against
+byte counts. Remembers headers that repeat, which under load nearly all do. Called by `local` and
+`desk`; frames are `channel`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from configs.dtypes import DATATYPES
+
+from .channel import (
+    MAX_ARENA_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_MEMBERS,
+    MAX_PAYLOAD_BYTES,
+    MAX_RANK,
+    ChannelError,
+    Layout,
+    Piece,
+    aligned,
+    checked,
+    counted,
+    describe,
+    listed,
+    padding,
+    rebuild,
+    texted,
+)
+from .errors import Internal, MantaError
+from .types import Array, Batch, BatchReply, OutputArray, Part
+
+_CACHED_HEADER_BYTES = 4096
+_CACHED_HEADERS = 256
+_DTYPES: dict[str, np.dtype[Any]] = {
+    str(one.numpy): np.dtype(str(one.numpy)) for one in DATATYPES if one.numpy is not None
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+class _Segment(NamedTuple):
+    """One array of a payload."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def of(self, payload: Array) -> Array:
+        return np.ndarray(self.shape, self.dtype, payload, self.offset)
+
+
+class _BatchPlan(NamedTuple):
+    rows: tuple[int, ...]
+    outputs: tuple[str, ...]
+    joined: tuple[_Segment | None, ...]
+    members: tuple[tuple[_Segment | None, ...], ...]
+    size: int
+
+
+class _Outline(NamedTuple):
+    """What can be known of a layout without the data: its header, and padding after each piece."""
+
+    header: bytes
+    pads: tuple[bytes, ...]
+    size: int
+
+
+class Codec:
+    """Both directions of one connection. Remembers the headers that repeat."""
+
+    def __init__(self) -> None:
+        self._outlines: dict[Hashable, _Outline] = {}
+        self._batches: dict[bytes, _BatchPlan] = {}
+        self._replies: dict[bytes, _ReplyPlan] = {}
+
+    def batch(self, batch: Batch, apart: bool = False) -> Layout:
+        """`apart`: every member's arrays by themselves. Raises Internal for a foreign datatype."""
+        rows, inputs = batch.rows, batch.inputs
+        joined = [None if apart else _join(rows, members) for members in inputs]
+        described = tuple(
+            whole
+            if whole is not None
+            else tuple(None if one is None else (one.dtype, one.shape) for one in members)
+            for whole, members in zip(joined, inputs, strict=True)
+        )
+        key = (rows, batch.outputs, described)
+        outline = self._outlines.get(key)
+        if outline is None:
+            outline = _outline_batch(batch, joined)
+            _remember(self._outlines, key, outline)
+        pieces: list[Piece] = []
+        pads = iter(outline.pads)
+        for whole, members in zip(joined, inputs, strict=True):
+            if whole is not None:
+                pieces += members  # type: ignore[arg-type]  # a joined input has all its members
+                pieces.append(next(pads))
+            else:
+                for one in members:
+                    if one is not None:
+                        pieces += (one, next(pads))
+        return Layout(outline.header, pieces, outline.size)
+
+    def read_batch(self, header: bytes, payload: Array) -> Batch:
+        """Views of the payload. Raises ChannelError."""
+        plan = self._batches.get(header)
+        if plan is None:
+            plan = checked(_plan_batch, header)
+            if len(header) <= _CACHED_HEADER_BYTES:
+                _remember(self._batches, header, plan)
+        if payload.nbytes != plan.size:
+            raise ChannelError(f"{payload.nbytes} bytes of inputs, {plan.size} described")
+        joined = tuple(None if one is None else one.of(payload) for one in plan.joined)
+        inputs = tuple(
+            tuple(None if one is None else one.of(payload) for one in members)
+            for members in plan.members
+        )
+        return Batch(plan.rows, inputs, plan.outputs, joined)
+
+    def reply(self, reply: BatchReply) -> Layout:
+        """Raises Internal for a foreign datatype."""
+        key: Hashable = tuple(_part_key(part) for part in reply.parts)
+        failed = any(part.error is not None for part in reply.parts)
+        outline = None if failed else self._outlines.get(key)
+        if outline is None:
+            outline = _outline_reply(reply)
+            if not failed:
+                _remember(self._outlines, key, outline)
+        numbers = [reply.waited_ns]
+        pieces: list[Piece] = [b"", outline.pads[0]]
+        pads = iter(outline.pads[1:])
+        for part in reply.parts:
+            numbers += (part.input_ns, part.infer_ns, part.output_ns)
+            for output in part.outputs.values():
+                pieces += (output.data, next(pads))
+                if output.offsets is not None:
+                    pieces += (output.offsets, next(pads))
+        pieces[0] = struct.pack(f"<{len(numbers)}q", *numbers)
+        return Layout(outline.header, pieces, outline.size)
+
+    def read_reply(self, header: bytes, payload: Array) -> BatchReply:
+        """Views of the payload. Raises ChannelError."""
+        plan = self._replies.get(header)
+        if plan is None:
+            plan = checked(_plan_reply, header)
+            if len(header) <= _CACHED_HEADER_BYTES and not plan.failed:
+                _remember(self._replies, header, plan)
+        if payload.nbytes != plan.size:
+            raise ChannelError(f"{payload.nbytes} bytes of outputs, {plan.size} described")
+        numbers = struct.unpack_from(f"<{1 + 3 * len(plan.parts)}q", payload)  # type: ignore[arg-type]
+        parts = []
+        for at, (members, outputs, error) in enumerate(plan.parts):
+            made = {
+                name: OutputArray(
+                    data.of(payload), None if offsets is None else _offsets(data, offsets, payload)
+                )
+                for name, data, offsets in outputs
+            }
+            parts.append(Part(members, made, error, *numbers[1 + 3 * at : 4 + 3 * at]))
+        return BatchReply(tuple(parts), waited_ns=numbers[0])
+
+
+def _remember(cache: dict[Any, Any], key: Hashable, value: object) -> None:
+    if len(cache) >= _CACHED_HEADERS:
+        cache.clear()
+    cache[key] = value
+
+
+def _join(
+    rows: tuple[int, ...], members: Sequence[Array | None]
+) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """Datatype and row shape, when the members' arrays one after another are one array."""
+    first = members[0] if len(members) > 1 else None
+    if first is None or not first.shape:
+        return None
+    dtype, shape = first.dtype, first.shape
+    tail = shape[1:]
+    for count, one in zip(rows, members, strict=True):
+        if one is None or (one.dtype is not dtype and one.dtype != dtype):
+            return None
+        if one.shape != shape and one.shape[1:] != tail:
+            return None
+        if not one.shape or one.shape[0] != count:
+            return None
+    return dtype, tail
+
+
+def _outline_batch(
+    batch: Batch, joined: Sequence[tuple[np.dtype[Any], tuple[int, ...]] | None]
+) -> _Outline:
+    described: list[object] = []
+    pads = []
+    size = 0
+    for whole, members in zip(joined, batch.inputs, strict=True):
+        if whole is not None:
+            dtype, tail = whole
+            described.append({"joined": [_name(dtype), tail]})
+            sizes = [sum(one.nbytes for one in members if one is not None)]
+        else:
+            described.append(
+                {
+                    "members": [
+                        None if one is None else [_name(one.dtype), one.shape] for one in members
+                    ]
+                }
+            )
+            sizes = [one.nbytes for one in members if one is not None]
+        pads += [padding(one) for one in sizes]
+        size += sum(aligned(one) for one in sizes)
+    header = {"rows": batch.rows, "outputs": batch.outputs, "inputs": described}
+    return _Outline(_packed(header), tuple(pads), size)
+
+
+def _plan_batch(header: Any) -> _BatchPlan:
+    rows = tuple(counted(one, MAX_PAYLOAD_BYTES) for one in listed(header["rows"], MAX_MEMBERS))
+    outputs = tuple(texted(name) for name in listed(header["outputs"], MAX_MEMBERS))
+    if not rows:
+        raise ValueError("no members")
+    joined: list[_Segment | None] = []
+    members: list[tuple[_Segment | None, ...]] = []
+    at = 0
+    for one in listed(header["inputs"], MAX_MEMBERS):
+        if "joined" in one:
+            name, tail = one["joined"]
+            segment, at = _segment(name, [sum(rows), *listed(tail, MAX_RANK - 1)], at)
+            joined.append(segment)
+            members.append(())
+            continue
+        described = listed(one["members"], MAX_MEMBERS)
+        if len(described) != len(rows):
+            raise ValueError(f"{len(described)} arrays for {len(rows)} members")
+        segments: list[_Segment | None] = []
+        for each in described:
+            if each is None:
+                segments.append(None)
+            else:
+                segment, at = _segment(each[0], listed(each[1], MAX_RANK), at)
+                segments.append(segment)
+        joined.append(None)
+        members.append(tuple(segments))
+    return _BatchPlan(rows, outputs, tuple(joined), tuple(members), at)
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+
+class _ReplyPlan(NamedTuple):
+    """By part: members, outputs as (name, data, offsets), error."""
+
+    parts: tuple[
+        tuple[
+            tuple[int, ...],
+            tuple[tuple[str, _Segment, _Segment | None], ...],
+            MantaError | None,
+        ],
+        ...,
+    ]
+    size: int
+    failed: bool
+
+
+def _part_key(part: Part) -> Hashable:
+    return part.members, tuple(
+        (name, one.data.dtype, one.data.shape, None if one.offsets is None else len(one.offsets))
+        for name, one in part.outputs.items()
+    )
+
+
+def _outline_reply(reply: BatchReply) -> _Outline:
+    size = 8 * (1 + 3 * len(reply.parts))
+    pads = [padding(size)]
+    size = aligned(size)
+    described = []
+    for part in reply.parts:
+        outputs = []
+        for name, one in part.outputs.items():
+            count = None if one.offsets is None else len(one.offsets)
+            outputs.append([name, _name(one.data.dtype), one.data.shape, count])
+            for array in (one.data, one.offsets):
+                if array is not None:
+                    pads.append(padding(array.nbytes))
+                    size += aligned(array.nbytes)
+        error = None if part.error is None else describe(part.error)
+        described.append([part.members, outputs, error])
+    return _Outline(_packed(described), tuple(pads), size)
+
+
+def _plan_reply(header: Any) -> _ReplyPlan:
+    described = listed(header, MAX_MEMBERS)
+    at = aligned(8 * (1 + 3 * len(described)))
+    parts = []
+    for members, outputs, error in described:
+        indices = tuple(counted(one, MAX_MEMBERS) for one in listed(members, MAX_MEMBERS))
+        made = []
+        for name, dtype, shape, count in listed(outputs, MAX_MEMBERS):
+            data, at = _segment(dtype, listed(shape, MAX_RANK), at)
+            offsets = None
+            if count is not None:
+                if data.dtype.itemsize != 1 or len(data.shape) != 1:
+                    raise ValueError("offsets of what is no string")
+                offsets, at = _segment("<i8", [counted(count, MAX_PAYLOAD_BYTES)], at)
+            made.append((texted(name), data, offsets))
+        parts.append((indices, tuple(made), None if error is None else rebuild(error)))
+    return _ReplyPlan(tuple(parts), at, any(part[2] is not None for part in parts))
+
+
+def _offsets(data: _Segment, segment: _Segment, payload: Array) -> Array:
+    """Where strings begin: ascending, from the first byte to the end."""
+    offsets = segment.of(payload)
+    size = data.shape[0]
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != size or (np.diff(offsets) < 0).any():
+        raise ChannelError("offsets outside of what they cut")
+    return offsets
+
+
+# --- arrays -------------------------------------------------------------------------------------
+
+
+def _packed(described: object) -> bytes:
+    header = orjson.dumps(described)
+    if len(header) > MAX_HEADER_BYTES:
+        raise Internal("a batch of more members than one message describes")
+    return header
+
+
+def _name(dtype: np.dtype[Any]) -> str:
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise Internal(f"arrays of {dtype} are not sent")
+    return name
+
+
+def _segment(name: object, shape: Sequence[object], at: int) -> tuple[_Segment, int]:
+    dtype = _DTYPES.get(texted(name))
+    if dtype is None:
+        raise ValueError(f"unknown datatype {name!r}")
+    dims = tuple(counted(one, MAX_ARENA_BYTES) for one in shape)
+    size = extent = dtype.itemsize
+    for one in dims:
+        size *= one
+        extent *= max(one, 1)  # numpy refuses what would be too large without its zeros
+    if at + extent > MAX_ARENA_BYTES:
+        raise ValueError(f"an array of {extent} bytes")
+    return _Segment(dtype, dims, at), at + aligned(size)

@@ -1,0 +1,57 @@
+"""Joined inputs, as the channel brings them; batches by member are in test_instance."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from deployments.desk import SendAgain
+from deployments.types import Batch
+from tests import models
+from tests.models import config
+
+from .channels import ONE, batch_of, drive, place, rows, whole
+
+
+def joined(batch: Batch) -> Batch:
+    return Batch(batch.rows, ((),), batch.outputs, (whole(batch),))
+
+
+@drive
+async def test_a_joined_input_reaches_the_model_as_it_is():
+    source = (
+        "import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "        return torch.full((x.shape[0], 1), x.data_ptr())"
+    )
+    made = config({"x": (-1,)}, {"y": (1,)}, max_batch_size=64)
+    made = made.model_copy(
+        update={"output": (made.output[0].model_copy(update={"data_type": "TYPE_INT64"}),)}
+    )
+    async with place(source, made) as at:
+        one = joined(batch_of(*rows(3)))
+        (part,) = (await asyncio.wrap_future(at.instance.submit(one))).parts
+        assert one.joined[0] is not None and part.members == (0, 1, 2)
+        assert set(part.outputs["y"].data.flatten().tolist()) == {one.joined[0].ctypes.data}
+
+
+@drive
+async def test_what_the_model_may_have_changed_is_asked_for_again():
+    async with place(models.RefusesNegative()) as at:
+        batch = batch_of(*rows(2), -rows(1)[0])
+        with pytest.raises(SendAgain) as caught:
+            await asyncio.wrap_future(at.instance.submit(joined(batch)))
+        assert caught.value.how == "singly"
+        assert at.instance.progress().state == "idle"
+
+
+@drive
+async def test_without_batching_members_are_cut_out():
+    made = ONE.model_copy(update={"max_batch_size": 0})
+    async with place(models.identity(), made) as at:
+        batch = batch_of(*rows(3))
+        parts = (await asyncio.wrap_future(at.instance.submit(joined(batch)))).parts
+        assert [part.members for part in parts] == [(0,), (1,), (2,)]
+        for part, row in zip(parts, rows(3), strict=True):
+            np.testing.assert_array_equal(part.outputs["y"].data, row)
