@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from asyncio import Future
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from configs.model import ModelConfig
 
 from .contract import Contract
 from .errors import InvalidArgument, NoAvailableVersion, NotReady, UnknownModel, UnknownVersion
+from .plans import PlanCache
+from .scheduler import Entry
 from .types import Array, ModelState, Snapshot, VersionSnapshot
 
 _SERVING = (ModelState.READY, ModelState.LOADING)
@@ -24,6 +26,17 @@ _EMPTY = Snapshot(epoch=0, sequence=0, started=False, ready=False, versions=())
 class Gate(Protocol):
     """Where an admitted request waits for its batch. The result has `outputs`, by name."""
 
+    def enqueue(
+        self,
+        waiter: Any,
+        rows: int,
+        key: Hashable,
+        inputs: tuple[Array | None, ...],
+        outputs: tuple[str, ...],
+    ) -> Entry: ...
+
+    def withdraw(self, entry: Entry) -> None: ...
+
     def submit(
         self, rows: int, key: Hashable, inputs: tuple[Array | None, ...], outputs: tuple[str, ...]
     ) -> Future[Any]: ...
@@ -31,12 +44,13 @@ class Gate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One READY version and the way into it."""
+    """One READY version and the way into it. `plans` is what lanes have learned of its requests."""
 
     snapshot: VersionSnapshot
     config: ModelConfig
     gate: Gate
     contract: Contract
+    plans: PlanCache = field(default_factory=PlanCache)
 
 
 class Directory:
@@ -56,10 +70,17 @@ class Directory:
             # A version that loads anew has its old application until the new one takes over.
             if version.state not in _SERVING or version.config is None or gate is None:
                 continue
-            served = Served(version, version.config, gate, Contract(name, version.config))
+            served = self._served(version, version.config, gate)
             ready[name, str(version.version)] = served
             ready[name, ""] = served  # ascending order: the newest stays
         self._snapshot, self._ready, self._known = snapshot, ready, known
+
+    def _served(self, version: VersionSnapshot, config: ModelConfig, gate: Gate) -> Served:
+        """An application's configuration never changes: what was worked out from it stays."""
+        known = self._ready.get((version.model_name, str(version.version)))
+        if known is not None and known.gate is gate and known.config == config:
+            return replace(known, snapshot=version)
+        return Served(version, config, gate, Contract(version.model_name, config))
 
     def snapshot(self) -> Snapshot:
         return self._snapshot

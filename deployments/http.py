@@ -1,12 +1,11 @@
-"""HTTP: a lane for the infer call beside a route table for everything else.
+"""HTTP: the infer call beside a route table for everything else.
 
-Translates only: bodies and paths to the verbs of `inference`, errors to `{"error": ...}` with the
-status of their code (spec/server.md §1.1, §1.2). An ASGI app; the listener and Serve both call it.
+Translates only: bodies and paths to the verbs of `inference` and back (spec/server.md §1.1). An
+ASGI app; the listener and Serve both call it. Most infer calls never get here: see `http_lane`.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -20,26 +19,18 @@ from starlette.routing import Route
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import http_infer
-from .errors import (
-    HTTP_STATUS,
-    Code,
-    Internal,
-    InvalidArgument,
-    MantaError,
-    MethodNotAllowed,
-    ShuttingDown,
-    Unsupported,
-)
+from . import http_infer, http_replies
+from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
-    BodyRefused,
     ClientGone,
     Headers,
     Message,
     Receive,
+    body_limit,
     read_within,
     until_done,
 )
+from .http_replies import CLOSE, JSON, Field, error_body, error_reply
 from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
 from .inference import Inference
 
@@ -47,13 +38,6 @@ Send = Callable[[Message], Awaitable[None]]
 Scope = Message
 Endpoint = Callable[[Request], Awaitable[Response]]
 
-logger = logging.getLogger("manta.http")
-
-MAX_ERROR_CHARS = 4096
-_JSON = (b"content-type", b"application/json")
-_CLOSE = (b"connection", b"close")
-_BINARY = (b"content-type", b"application/octet-stream")
-_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 _VERSION = re.compile(r"[0-9]+")
 
 
@@ -63,10 +47,10 @@ class HttpApp:
     def __init__(
         self, inference: Inference, settings: ServerSettings, application: str = "manta"
     ) -> None:
-        self._inference = inference
+        self.inference = inference
         self._settings = settings
         self._application = application
-        self._leaving = False
+        self.leaving = False
         self._router = Starlette(
             routes=list(self._routes()), exception_handlers={HTTPException: _on_http_exception}
         )
@@ -74,27 +58,27 @@ class HttpApp:
 
     def leave(self) -> None:
         """Go on answering, not ready, and tell every client to close its connection."""
-        self._leaving = True
+        self.leaving = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
-        if self._leaving:
+        if self.leaving:
             send = _closing(send)
         if scope["method"] == "HEAD":
             send = _without_body(send)
         size = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         size += sum(len(name) + len(value) for name, value in scope["headers"])
         if size > self._settings.http_max_header_bytes:
-            body = _error_body(f"request headers of {size} bytes exceed the maximum allowed")
-            await _reply(send, 431, [_JSON, _CLOSE], body)
-        elif scope["method"] == "POST" and (match := _INFER.fullmatch(_path(scope))):
+            body = error_body(f"request headers of {size} bytes exceed the maximum allowed")
+            await _reply(send, 431, [JSON, CLOSE], body)
+        elif scope["method"] == "POST" and (match := http_infer.PATH.fullmatch(_path(scope))):
             await self._infer(match[1], match[2] or "", scope, receive, send)
         else:
             await self._router(scope, receive, send)
 
-    # --- the infer lane --------------------------------------------------------------------------
+    # --- the infer call --------------------------------------------------------------------------
 
     async def _infer(
         self, model: str, version: str, scope: Scope, receive: Receive, send: Send
@@ -105,32 +89,29 @@ class HttpApp:
         except ClientGone:
             return
         except Exception as error:
-            status, fields, body = _error_reply(error, headers)
+            status, fields, body = error_reply(error, headers)
         await _reply(send, status, fields, body)
 
     async def _answer(
         self, model: str, version: str, headers: Headers, receive: Receive
-    ) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        config = self._inference.find(model, version).config  # a 404 comes before the body
+    ) -> tuple[list[Field], bytes]:
+        config = self.inference.find(model, version).config  # a 404 comes before the body
         announced = headers.get(b"inference-header-content-length")
-        body = await self._body(headers, receive, has_tensors=announced not in (None, b"0"))
+        body = await self._body(headers, receive, announced)
         json_bytes = http_infer.header_length(announced, len(body))
         request = http_infer.decode(config, version, body, json_bytes, self._settings)
-        ticket = self._inference.submit(request)
+        ticket = self.inference.submit(request)
         if not ticket.future.done():
             await until_done(ticket.future, receive)
-        text, parts = http_infer.encode(request, self._inference.answer(ticket))
-        if not any(parts):
-            return [_JSON], text
-        length = (b"inference-header-content-length", b"%d" % len(text))
-        return [_BINARY, length], b"".join((text, *parts))
+        text, parts = http_infer.encode(request, self.inference.answer(ticket))
+        fields, pieces = http_replies.answer(text, parts)
+        return fields, b"".join(pieces)
 
-    async def _body(self, headers: Headers, receive: Receive, has_tensors: bool = False) -> bytes:
-        settings = self._settings
-        limit = settings.max_body_bytes
-        if not has_tensors:
-            limit = min(limit, settings.http_max_input_size_bytes)
-        return await read_within(headers, receive, limit, settings.http_read_timeout_s)
+    async def _body(
+        self, headers: Headers, receive: Receive, announced: bytes | None = None
+    ) -> bytes:
+        limit = body_limit(announced, self._settings)
+        return await read_within(headers, receive, limit, self._settings.http_read_timeout_s)
 
     # --- every other route -----------------------------------------------------------------------
 
@@ -148,50 +129,50 @@ class HttpApp:
         ]
 
     async def server_metadata(self, request: Request) -> Response:
-        return _json(self._inference.server_metadata())
+        return _json(self.inference.server_metadata())
 
     async def live(self, request: Request) -> Response:
-        return Response(status_code=200 if self._inference.live() else 400)
+        return Response(status_code=200 if self.inference.live() else 400)
 
     async def ready(self, request: Request) -> Response:
-        ready = self._inference.ready() and not self._leaving
+        ready = self.inference.ready() and not self.leaving
         return Response(status_code=200 if ready else 400)
 
     async def model_metadata(self, request: Request) -> Response:
-        return _json(self._inference.model_metadata(*_target(request)))
+        return _json(self.inference.model_metadata(*_target(request)))
 
     async def model_ready(self, request: Request) -> Response:
-        if not self._inference.model_ready(*_target(request)):
+        if not self.inference.model_ready(*_target(request)):
             raise InvalidArgument("Model version not ready")
         return Response(status_code=200)
 
     async def model_config(self, request: Request) -> Response:
-        return _json(pbtxt.to_json(self._inference.model_config(*_target(request))))
+        return _json(pbtxt.to_json(self.inference.model_config(*_target(request))))
 
     async def statistics(self, request: Request) -> Response:
-        return _json(await self._inference.statistics(*_target(request)))
+        return _json(await self.inference.statistics(*_target(request)))
 
     async def index(self, request: Request) -> Response:
         ready = (await self._document(request)).get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidArgument("Invalid value for 'ready': expected a boolean")
-        return _json(self._inference.index(ready))
+        return _json(self.inference.index(ready))
 
     async def load(self, request: Request) -> Response:
         parameters = await self._parameters(request)
         for key in parameters:
             if key != "config" and not key.startswith("file:"):
                 raise Internal(f"unrecognized load parameter '{key}'")  # 500, as in Triton
-        await self._inference.load(request.path_params["model"], parameters)
+        await self.inference.load(request.path_params["model"], parameters)
         return Response(status_code=200)
 
     async def unload(self, request: Request) -> Response:
         parameters = await self._parameters(request)
-        await self._inference.unload(request.path_params["model"], parameters)
+        await self.inference.unload(request.path_params["model"], parameters)
         return Response(status_code=200)
 
     async def healthz(self, request: Request) -> Response:
-        self._inference.live()
+        self.inference.live()
         return Response("success", media_type="text/plain")
 
     async def routes(self, request: Request) -> Response:
@@ -236,31 +217,7 @@ class MetricsApp:
 # --- replies -------------------------------------------------------------------------------------
 
 
-def _error_reply(
-    error: Exception, headers: Headers
-) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, fields and body. What is not ours is logged here and told without detail."""
-    fields = [_JSON]
-    if isinstance(error, BodyRefused):
-        error = error.error
-        fields.append(_CLOSE)
-    if not isinstance(error, MantaError):
-        logger.error("a request failed unexpectedly", exc_info=error)
-        return 500, fields, _error_body("internal error")
-    if error.code is Code.UNAVAILABLE:
-        fields.append((b"retry-after", b"1"))
-    if isinstance(error, ShuttingDown):
-        fields.append(_CLOSE)
-    if error.code is Code.UNSUPPORTED and b"content-encoding" in headers:
-        fields.append((b"accept-encoding", b"identity"))
-    return HTTP_STATUS[error.code], fields, _error_body(str(error))
-
-
-def _error_body(text: str) -> bytes:
-    return http_infer.dump_json({"error": text[:MAX_ERROR_CHARS]})
-
-
-async def _reply(send: Send, status: int, fields: list[tuple[bytes, bytes]], body: bytes) -> None:
+async def _reply(send: Send, status: int, fields: list[Field], body: bytes) -> None:
     fields = [*fields, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": fields})
     await send({"type": "http.response.body", "body": body})
@@ -281,7 +238,7 @@ def _answering(endpoint: Endpoint) -> Endpoint:
         except ClientGone:
             return Response(status_code=400)  # goes nowhere
         except Exception as error:
-            status, fields, body = _error_reply(error, dict(request.scope["headers"]))
+            status, fields, body = error_reply(error, dict(request.scope["headers"]))
             return Response(body, status, {n.decode(): v.decode() for n, v in fields})
 
     return answer
@@ -299,7 +256,7 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     texts: Mapping[int, str] = {404: "Not Found", 405: str(MethodNotAllowed())}
     return Response(
-        _error_body(texts.get(status, "internal error")), status, media_type="application/json"
+        error_body(texts.get(status, "internal error")), status, media_type="application/json"
     )
 
 
@@ -313,8 +270,8 @@ def _without_body(send: Send) -> Send:
 def _closing(send: Send) -> Send:
     async def send_last(message: Message) -> None:
         if message["type"] == "http.response.start":
-            fields = [field for field in message["headers"] if field[0] != _CLOSE[0]]
-            message = {**message, "headers": [*fields, _CLOSE]}
+            fields = [field for field in message["headers"] if field[0] != CLOSE[0]]
+            message = {**message, "headers": [*fields, CLOSE]}
         await send(message)
 
     return send_last

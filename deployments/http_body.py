@@ -1,7 +1,7 @@
 """Reading an HTTP request's body within limits, and noticing that its client has left.
 
 uvicorn has no limits and no read deadline of its own, so they are here: size (announced and
-streamed), chunks, encoding, time. Knows nothing of the protocol; `http` calls it.
+streamed), chunks, encoding, time. Knows nothing of the protocol; the roads over HTTP call it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import contextlib
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
+
+from configs.server import ServerSettings
 
 from .errors import InvalidArgument, MantaError, Unsupported
 
@@ -58,6 +60,21 @@ def check_headers(headers: Headers, limit: int) -> None:
         raise too_large(int(announced), limit)
 
 
+def body_limit(announced: bytes | None, settings: ServerSettings) -> int:
+    """The largest body; `announced` is the field that says that binary tensors are in it."""
+    if announced in (None, b"0"):
+        return min(settings.max_body_bytes, settings.http_max_input_size_bytes)
+    return settings.max_body_bytes
+
+
+def too_many_chunks() -> InvalidArgument:
+    return InvalidArgument(f"request body has more than {MAX_CHUNKS} chunks")
+
+
+def too_slow(limit_s: float) -> InvalidArgument:
+    return InvalidArgument(f"no byte of the request's body came for {limit_s:g} s")
+
+
 def too_large(size: int, limit: int) -> InvalidArgument:
     return InvalidArgument(
         f"request body of {size} bytes exceeds the maximum allowed value of {limit} bytes. Use "
@@ -79,7 +96,7 @@ async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
         if total > limit:
             raise too_large(total, limit)
         if len(chunks) > MAX_CHUNKS:
-            raise InvalidArgument(f"request body has more than {MAX_CHUNKS} chunks")
+            raise too_many_chunks()
         if not message.get("more_body"):
             return b"".join(chunks)
         message = await _in_time(receive, timeout_s)
@@ -104,7 +121,7 @@ async def _in_time(receive: Receive, limit_s: float) -> Message:
     except asyncio.CancelledError:
         if not expired or getattr(task, "uncancel", int)():
             raise
-        raise InvalidArgument(f"no byte of the request's body came for {limit_s:g} s") from None
+        raise too_slow(limit_s) from None
     finally:
         timer.cancel()
 

@@ -7,6 +7,7 @@ models, whose checks are in `contract`. Called by the lanes that carry HTTP.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,10 @@ from .contract import refuse_shared_memory
 from .errors import Internal, InvalidArgument
 from .types import InferRequest, InferResponse, ParameterValue, RequestedOutput, Tensor
 
+PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
+
 _MISSING = object()
+_NONE: dict[str, Any] = {}
 _KINDS = {str: "string", bool: "boolean", int: "signed-integer", list: "array", dict: "object"}
 _FLAGS = ("sequence_start", "sequence_end", "binary_data_output")
 _COUNTS = ("priority", "timeout")
@@ -180,20 +184,23 @@ def _listed(
             f"request has {len(entries)} {key}, at most {settings.max_tensors_per_request} are "
             "allowed"
         )
-    if any(type(entry) is not dict for entry in entries):
-        raise wrong_type(key, "object")
+    for entry in entries:
+        if type(entry) is not dict:
+            raise wrong_type(key, "object")
     return entries
 
 
 def _input(entry: dict[str, Any], binary: _Binary, model: str, settings: ServerSettings) -> Tensor:
     name, datatype = member(entry, "name", str), member(entry, "datatype", str)
     shape = tuple(member(entry, "shape", list))
-    if any(type(size) is not int or size < 0 for size in shape):
-        raise wrong_type("shape", "unsigned-integer")
-    parameters = member(entry, "parameters", dict, {})
-    refuse_shared_memory(parameters)
-    rank = settings.max_tensor_rank
+    for size in shape:
+        if type(size) is not int or size < 0:
+            raise wrong_type("shape", "unsigned-integer")
+    parameters = member(entry, "parameters", dict, _NONE)
     binary_bytes = parameters.get("binary_data_size")
+    if len(parameters) > 1 or binary_bytes is None:
+        refuse_shared_memory(parameters)
+    rank = settings.max_tensor_rank
     if binary_bytes is not None:
         if type(binary_bytes) is not int or binary_bytes < 0:
             raise wrong_type("binary_data_size", "unsigned-integer")
@@ -212,7 +219,10 @@ def _input(entry: dict[str, Any], binary: _Binary, model: str, settings: ServerS
 
 
 def _output(entry: dict[str, Any]) -> RequestedOutput:
-    parameters = member(entry, "parameters", dict, {})
+    parameters = member(entry, "parameters", dict, _NONE)
+    binary_data = parameters.get("binary_data")
+    if len(parameters) == (type(binary_data) is bool):  # nothing else is asked for
+        return RequestedOutput(member(entry, "name", str), binary_data is True)
     refuse_shared_memory(parameters)
     classification = member(parameters, "classification", int, 0)
     if classification < 0:
@@ -271,6 +281,13 @@ def _decode_raw(
 
 
 # --- responses -----------------------------------------------------------------------------------
+
+
+def all_binary(request: InferRequest) -> bool:
+    """Whether every output is asked for as bytes."""
+    if not request.outputs:
+        return bool(request.parameters.get("binary_data_output"))
+    return all(output.binary_data for output in request.outputs)
 
 
 def encode(request: InferRequest, response: InferResponse) -> tuple[bytes, list[memoryview]]:

@@ -1,7 +1,7 @@
-"""The Router's own listeners: HTTP and metrics by uvicorn, gRPC by grpc.aio, on shared ports.
+"""The Router's own listeners on shared ports: HTTP and metrics by uvicorn, gRPC beside them.
 
-Owns sockets, start, drain and stop, and the limits on headers that uvicorn does not have. Decides
-nothing about requests. Called by the Router.
+Owns sockets, start, drain and stop of HTTP, and of all edges together (gRPC's is `grpc_listener`).
+Decides nothing about requests. Called by the Router.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from configs.server import ServerSettings
 
+from .grpc_listener import GrpcListener
+from .http import HttpApp
+from .http_lane import lane_protocol
+from .http_limits import limited_protocol
 from .ports import PortClaim
 
 logger = logging.getLogger("ray.serve")
@@ -27,70 +30,19 @@ BACKLOG = 2048
 # Clients that keep a connection get this long to be told `Connection: close` and leave.
 DRAIN_WINDOW_S = 1.0
 
-_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-    b'content-length: 39\r\nconnection: close\r\n\r\n{"error":"request headers are too big"}'
-)
-
-
-def limited_protocol(max_header_bytes: int, read_timeout_s: float) -> type[asyncio.Protocol]:
-    """uvicorn's own protocol with a cap and a deadline on what comes before a body."""
-
-    class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
-        """Counts from the first byte of a request to the end of its headers."""
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self._header_bytes = 0
-            self._in_headers = True
-            self._header_timer: asyncio.TimerHandle | None = None
-            self._expect_headers()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._headers_over()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if self._in_headers:
-                self._header_bytes += len(data)
-            super().data_received(data)
-            if self._in_headers and self._header_bytes > max_header_bytes:
-                self._headers_over()
-                if not self.transport.is_closing():
-                    self.transport.write(_TOO_LARGE)
-                    self.transport.close()
-
-        def on_message_begin(self) -> None:
-            if not self._in_headers:
-                self._expect_headers()
-            super().on_message_begin()
-
-        def on_headers_complete(self) -> None:
-            self._headers_over()
-            super().on_headers_complete()
-
-        def _expect_headers(self) -> None:
-            self._in_headers, self._header_bytes = True, 0
-            self._header_timer = self.loop.call_later(read_timeout_s, self.transport.close)
-
-        def _headers_over(self) -> None:
-            self._in_headers = False
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
-
-    return LimitedProtocol
-
 
 class HttpListener:
-    """One ASGI app on one claimed port."""
+    """One ASGI app on one claimed port; infer calls of ours take the lane."""
 
     def __init__(self, claim: PortClaim, app: Any, settings: ServerSettings) -> None:
         self._claim = claim
+        # Of a claimed socket asyncio does not see that it is TCP, and would leave answers in two
+        # pieces to Nagle: 40 ms each. Connections inherit it.
+        claim.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=limited_protocol(settings.http_max_header_bytes, settings.http_read_timeout_s),
+                http=_protocol(app, settings),
                 ws="none",
                 lifespan="off",
                 loop="none",
@@ -133,36 +85,14 @@ class HttpListener:
         self._claim.close()
 
 
-class GrpcListener:
-    """grpc.aio on one claimed port; the claim's own socket only holds the place."""
-
-    def __init__(
-        self, claim: PortClaim, add_servicer: Callable[[Any], None], settings: ServerSettings
-    ) -> None:
-        limit = min(settings.max_body_bytes, 2**31 - 1)
-        self._claim = claim
-        self._grace_s = settings.exit_timeout_s
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", 2**31 - 1),
-                ("grpc.so_reuseport", 1),
-            ]
-        )
-        add_servicer(self._server)
-        self._started = False
-
-    async def start(self) -> None:
-        claim = self._claim
-        host = f"[{claim.address}]" if ":" in claim.address else claim.address
-        self._server.add_insecure_port(f"{host}:{claim.port}")
-        await self._server.start()
-        self._started = True
-
-    async def drain(self) -> None:
-        if self._started:
-            await self._server.stop(self._grace_s)
-        self._claim.close()
+def _protocol(app: Any, settings: ServerSettings) -> type[asyncio.Protocol]:
+    if settings.http_lane and isinstance(app, HttpApp):
+        lane: type[asyncio.Protocol] = lane_protocol(app, settings)
+        return lane
+    limited: type[asyncio.Protocol] = limited_protocol(
+        settings.http_max_header_bytes, settings.http_read_timeout_s
+    )
+    return limited
 
 
 class Listener:
@@ -194,7 +124,8 @@ class Listener:
             raise
         for edge, claim in zip(self.ports, claims, strict=True):
             if edge == "grpc":
-                self._grpc.append(GrpcListener(claim, add_servicer, settings))
+                inference = http_app.inference if isinstance(http_app, HttpApp) else None
+                self._grpc.append(GrpcListener(claim, add_servicer, settings, inference))
             else:
                 app = http_app if edge == "http" else metrics_app
                 self._http.append(HttpListener(claim, app, settings))
@@ -207,7 +138,8 @@ class Listener:
         logger.info("listening on %s", self.ports)
 
     def alive(self) -> bool:
-        return all(listener.alive() for listener in self._http)
+        http = all(listener.alive() for listener in self._http)
+        return http and all(listener.alive() for listener in self._grpc)
 
     async def drain(self) -> None:
         await asyncio.gather(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,18 +21,19 @@ from configs.model import ModelConfig
 from configs.server import ServerSettings
 
 from . import grpc_stubs
-from .batcher import Batcher, Collect, ModelClient, serve_collect
-from .client import HandleClient, Pool
+from .batcher import Batcher, Collect, serve_collect
+from .client import Origin, Reach
 from .directory import Directory
-from .errors import Internal, MantaError, ReplicaLost, Unavailable
+from .errors import Internal, MantaError, Unavailable
 from .gate import Gate
 from .grpc import VERBS, GrpcServicer, serve_proxy_method
 from .http import HttpApp, MetricsApp
 from .inference import Inference
 from .listener import Listener
+from .places import Places
 from .scheduler import policy
 from .statistics import Recorder, VersionKey
-from .types import Batch, BatchReply, Snapshot, VersionSnapshot
+from .types import Snapshot, VersionSnapshot
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,32 +44,14 @@ JOIN_S = 5.0
 ANSWER_S = 10.0
 
 
-class _Watched:
-    """A client that remembers when a replica was lost under it, so that the Controller hears it."""
-
-    def __init__(self, client: ModelClient, lost: Callable[[], None]) -> None:
-        self._client = client
-        self._lost = lost
-
-    async def execute(self, batch: Batch) -> BatchReply:
-        try:
-            return await self._client.execute(batch)
-        except ReplicaLost:
-            self._lost()
-            raise
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
-
-
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """The way to one running application: queue, batch call, deployments."""
+    """The way to one running application: its queue, and the places where its batches run."""
 
     key: VersionKey
     config: ModelConfig
     gate: Gate
-    pool: Pool
+    places: Places
 
     def takes_over_from(self, other: _Line) -> bool:
         """The same version loaded anew, for the very same requests."""
@@ -94,6 +78,13 @@ class Router:
         self._flushes = 0
         self._epoch, self._sequence = 0, -1
         self._past_epochs: set[int] = set()
+        self._origin = Origin(
+            node_id=get_runtime_context().get_node_id(),
+            router_id=self._router_id,
+            use_channels=settings.local_channel,
+            by_reference_bytes=settings.by_reference_min_bytes,
+            limit_s=settings.max_queue_s + settings.max_execution_s,
+        )
         self._collect: Collect | None = serve_collect() if settings.batching == "serve" else None
         self._inference = Inference(self._directory, self, settings)
         self._http = HttpApp(self._inference, settings)
@@ -170,6 +161,9 @@ class Router:
         if snapshot.started and not self._opened:
             self._opened = True
             await self._listener.open()
+            # What is there by now stays: the collector need not look through it again.
+            gc.collect()
+            gc.freeze()
 
     def _in_use(self) -> tuple[str, ...]:
         return (*self._lines, *self._draining)
@@ -187,39 +181,30 @@ class Router:
                 logger.exception("application %s cannot be reached", application)
                 continue
             self._lines[application] = line
-            line.pool.resize(version.targets)
-            line.gate.resize(line.pool.slots)
+            line.places.follow(version.targets)
+            line.gate.pump()
         self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
         for application in [name for name in self._lines if name not in wanted]:
             self._let_go(application)
 
     def _line(self, version: VersionSnapshot) -> _Line:
-        config, settings = version.config, self._settings
+        config, application = version.config, version.application
         assert config is not None  # _apply takes only versions that have one
-        pool = Pool(
-            {
-                target.deployment: HandleClient(
-                    version.model_name,
-                    version.application,
-                    target.deployment,
-                    settings.by_reference_min_bytes,
-                    settings.max_queue_s + settings.max_execution_s,
-                )
-                for target in version.targets
-            }
+        reach = Reach(
+            self._origin, version.model_name, application, lambda: self._lost.add(application)
         )
-        application = version.application
-        client = _Watched(pool, lambda: self._lost.add(application))
-        batcher = Batcher(version.model_name, config.max_batch_size > 0, client, self._collect)
+        # Called from a later tick at the earliest, when there is a gate.
+        places = Places(reach, lambda: gate.pump())
+        batcher = Batcher(version.model_name, config.max_batch_size > 0, self._collect)
         key = VersionKey(version.model_name, str(version.version), application)
         gate = Gate(
             version.model_name,
-            policy(config, settings),
+            policy(config, self._settings),
             batcher.run,
-            slots=0,
+            places,
             counters=self._recorder.counters(key),
         )
-        return _Line(key, config, gate, pool)
+        return _Line(key, config, gate, places)
 
     def _let_go(self, application: str) -> None:
         """No new requests reach it; what it has is answered, then the Controller may delete it.
@@ -242,7 +227,7 @@ class Router:
         except asyncio.TimeoutError:
             line.gate.close(Unavailable(f"model '{line.key.model}' was unloaded"))
         finally:
-            await line.pool.aclose()
+            await line.places.aclose()
             self._recorder.discard(line.key)
             self._draining.pop(application, None)
 

@@ -18,7 +18,12 @@ from ray._private.authentication import authentication_utils
 from ray.serve import request_router
 from ray.serve.api import RunTarget
 from ray.serve.handle import DeploymentHandle
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
@@ -47,8 +52,15 @@ def test_ray_serve() -> None:
 
 def test_uvicorn() -> None:
     own = {"connection_made", "connection_lost", "data_received"}
-    callbacks = {"on_message_begin", "on_headers_complete"}
-    assert own | callbacks <= set(vars(HttpToolsProtocol))
+    own |= {"shutdown", "resume_writing", "timeout_keep_alive_handler"}
+    callbacks = {"on_message_begin", "on_headers_complete", "on_message_complete"}
+    assert own | callbacks | {"_unset_keepalive_if_required"} <= set(vars(HttpToolsProtocol))
+    connection = inspect.getsource(HttpToolsProtocol.__init__)
+    for name in ("cycle", "pipeline", "flow", "timeout_keep_alive", "timeout_keep_alive_task"):
+        assert f"self.{name}" in connection
+    assert STATUS_LINE[200] == b"HTTP/1.1 200 OK\r\n"
+    for of, name in ((RequestResponseCycle, "response_complete"), (FlowControl, "write_paused")):
+        assert f"self.{name} = False" in inspect.getsource(of)
     server = uvicorn.Server(uvicorn.Config(lambda: None))
     assert server.should_exit is False
     assert server.server_state.connections == set()

@@ -199,7 +199,7 @@ class Server:
         self.directory, self.controller = Directory(), Controller()
         self.inference = Inference(self.directory, self.controller, self.settings)
         self.http: Any = HttpApp(self.inference, self.settings)
-        self.gates = {each.name: LocalGate(each, model) for each, model in models()}
+        self.gates: dict[str, Any] = {each.name: LocalGate(each, model) for each, model in models()}
         self.versions = [self.version(name) for name in self.gates]
         self.publish()
 

@@ -86,3 +86,21 @@ def test_an_update_replaces_everything(server):
     server.publish()
     with pytest.raises(UnknownModel):
         server.directory.find(LINEAR, "2")
+
+
+def test_what_lanes_have_learned_stays_while_the_application_stays(server):
+    served = server.directory.find(LINEAR, "2")
+    served.plans.seen(b"{}")
+    server.versions[0] = server.version(LINEAR, 2)
+    server.publish(ready=False)
+    again = server.directory.find(LINEAR, "2")
+    assert again is not served and again.plans is served.plans
+    assert again.contract is served.contract
+    assert server.directory.find(LINEAR, "10").plans is not served.plans
+
+
+def test_another_application_starts_with_nothing_learned(server):
+    plans = server.directory.find(LINEAR, "2").plans
+    server.gates[LINEAR] = Server().gates[LINEAR]
+    server.publish()
+    assert server.directory.find(LINEAR, "2").plans is not plans
