@@ -1,0 +1,382 @@
+"""The gRPC lane: ModelInfer calls as HTTP/1.1 from HAProxy straight to the gate, without a task.
+
+Owns these connections, their calls' deadlines and cancellation. The bytes of a call are the
+business of `grpc_wire`, what they mean that of `grpc` and `plans`; to the client, an answer is what
+grpc.aio would give. Called by the gRPC listener, which runs HAProxy in front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import httptools
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from configs.server import ServerSettings
+
+from . import grpc, grpc_wire, tensors
+from .batcher import MemberResult
+from .contract import Work
+from .directory import Served
+from .errors import Internal, InvalidArgument, MantaError
+from .grpc_stubs import service_pb2 as pb
+from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused
+from .inference import Inference, told
+from .plans import Plan, Recent, plan_of
+from .types import InferRequest, InferResponse
+
+logger = logging.getLogger("manta.grpc")
+
+PATH = "/inference.GRPCInferenceService/ModelInfer"
+BACKLOG = 4096
+MAX_HEADS = 1024
+MAX_HEAD_BYTES = 4096
+# A rest of a call that is answered already may take this long to come.
+LINGER_S = 5.0
+DRAIN_POLL_S = 0.02
+
+_END = b"\r\n\r\n"
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
+_TICK_S = 1e-3  # grpc rounds deadlines up to milliseconds
+_COPIED_BYTES = 16384  # up to here a copy is cheaper than a view
+_UNKNOWN = 2
+_NO_HEAD = Head(None, b"")
+
+
+class Lane:
+    """All connections from one HAProxy."""
+
+    def __init__(self, inference: Inference, settings: ServerSettings) -> None:
+        self.inference = inference
+        self.settings = settings
+        self.limit = min(settings.max_body_bytes, MAX_MESSAGE_BYTES)
+        self.heads: Recent[bytes, Head] = Recent(MAX_HEADS)
+        self.connections: set[Connection] = set()
+        self._server: asyncio.AbstractServer | None = None
+
+    async def open(self, path: Path) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: Connection(self), str(path), backlog=BACKLOG
+        )
+
+    async def drain(self, grace_s: float) -> None:
+        """Accepts no more, and answers what is in flight."""
+        if self._server is None:
+            return
+        self._server.close()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + grace_s
+        while any(each.busy for each in self.connections) and loop.time() < end_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        for connection in tuple(self.connections):
+            connection.close()
+
+
+class Connection(asyncio.Protocol):
+    """One connection, and the waiter at the gate of the one call that it has in progress."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._loop = asyncio.get_running_loop()
+        self._reading = False  # the parser is between the ends of a request
+        self._open = False  # a call is not answered
+        self._parser: Any = None
+        self._begin()
+        self._forget()
+
+    def _begin(self) -> None:
+        """A call that comes in pieces."""
+        self._head = _NO_HEAD
+        self._url = b""
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._body = bytearray()
+        self._taken = False  # its message is whole
+        self._read_s = 0.0
+
+    def _forget(self) -> None:
+        """Of the call that was in progress."""
+        self._head_bytes = b""
+        self._served: Served | None = None
+        self._entry: Any = None
+        self._plan: Plan | None = None
+        self._asked: tuple[InferRequest, Work] | None = None
+        self._id = b""
+        self._deadline: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._open or self._reading
+
+    def close(self) -> None:
+        self._transport.close()
+
+    # --- asyncio ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._lane.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Also how HAProxy says that the client has cancelled: nobody waits for the answer."""
+        self._lane.connections.discard(self)
+        self._withdraw()
+        self._open = self._reading = False
+        self._over()
+
+    def data_received(self, data: bytes) -> None:
+        if self._reading:
+            self._feed(data)
+        elif self._open:  # HAProxy sends one call at a time
+            self._transport.abort()
+        elif not self._whole(data):
+            self._reading = True
+            self._feed(data)
+
+    def _whole(self, data: bytes) -> bool:
+        """A call with a known head that came in one piece: what nearly all calls are."""
+        end = data.find(_END) + len(_END)
+        if end < len(_END):
+            return False
+        key = data[:end]
+        head = self._lane.heads.get(key)
+        if head is None or head.error is not None:
+            if end <= MAX_HEAD_BYTES:
+                self._head_bytes = key
+            return False
+        start, stop = end, len(data)
+        if head.length is None:
+            stop -= len(_LAST_CHUNK)
+            start = data.find(b"\r\n", end, end + 16) + 2
+            if start < 2 or not data.endswith(_LAST_CHUNK):
+                return False
+            if start + int(data[end : start - 2], 16) != stop:
+                return False
+        if stop - start != (head.length or stop - start) or stop - start < PREFIX_BYTES:
+            return False
+        self._head, self._open = head, True
+        self._take(data, start, stop)
+        if self._open:
+            self._watch_deadline(head)
+        return True
+
+    # --- calls that come in pieces ---------------------------------------------------------------
+
+    def _feed(self, data: bytes) -> None:
+        if self._parser is None:
+            self._parser = httptools.HttpRequestParser(self)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._transport.abort()
+            return
+        if self._reading and self._open and self._late is None:
+            self._late = self._loop.call_later(self._patience_s, self._look)
+        self._read_s = self._loop.time()
+
+    @property
+    def _patience_s(self) -> float:
+        return self._lane.settings.http_read_timeout_s
+
+    def _look(self) -> None:
+        """Whether the client still sends."""
+        rest_s = self._read_s + self._patience_s - self._loop.time()
+        if rest_s > 0:
+            self._late = self._loop.call_later(rest_s, self._look)
+        elif not self._taken:
+            limit_s = self._patience_s
+            self._fail(InvalidArgument(f"no byte of the call's message came for {limit_s:g} s"))
+
+    def on_message_begin(self) -> None:
+        if self._open:
+            self._transport.abort()
+        self._begin()
+        self._open = True
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._head = grpc_wire.read_head(self._url, PATH, self._fields)
+        if self._head_bytes:
+            self._lane.heads.put(self._head_bytes, self._head)
+        if self._head.error is not None:
+            self._fail(self._head.error)
+        else:
+            self._watch_deadline(self._head)
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._open or self._taken:
+            return  # what comes after a message is nobody's
+        body = self._body
+        body += piece
+        if len(body) < PREFIX_BYTES:
+            return
+        try:
+            stop = PREFIX_BYTES + grpc_wire.announced(body, 0, self._lane.limit)
+        except Refused as error:
+            self._fail(error)
+            return
+        if len(body) >= stop:
+            self._take(body, 0, stop)
+
+    def on_message_complete(self) -> None:
+        self._reading = False
+        if not self._open:
+            self._over()
+        elif not self._taken:
+            self._fail(grpc_wire.incomplete())
+
+    # --- to the gate and back --------------------------------------------------------------------
+
+    def _take(self, body: bytes | bytearray, start: int, stop: int) -> None:
+        """A prefix and its message. Answers at once what is wrong with it."""
+        self._taken = True
+        at = start + PREFIX_BYTES
+        try:
+            size = grpc_wire.announced(body, start, self._lane.limit)
+            if at + size > stop:
+                raise grpc_wire.incomplete()
+            data: Any = body
+            if size > _COPIED_BYTES or type(body) is not bytes:
+                data = memoryview(body)
+            if body[start] & 1:
+                encoding = self._head.encoding
+                data = grpc_wire.inflate(data[at : at + size], encoding, self._lane.limit)
+                at, size = 0, len(data)
+            self._submit(data, at, at + size)
+        except Exception as error:
+            self._fail(error)
+
+    def _submit(self, data: bytes | memoryview, at: int, end: int) -> None:
+        parts = grpc_wire.scan(data, at, end)
+        if parts is None:
+            self._submit_new(data[at:end], None)
+            return
+        served = self._lane.inference.find(parts.model, parts.version)
+        plan = served.plans.find(parts.key)
+        inputs = None if plan is None else plan.from_parts(parts.raw)
+        if plan is None or inputs is None:
+            self._submit_new(data[at:end], parts)
+            return
+        self._served, self._plan, self._id = served, plan, parts.id
+        try:
+            self._entry = served.gate.enqueue(self, plan.rows, plan.key, inputs, plan.outputs)
+        except MantaError as error:
+            raise told(parts.id.decode(), error) from error
+
+    def _submit_new(self, message: bytes | memoryview, parts: Parts | None) -> None:
+        """The ordinary road, which owns what is said about a bad message."""
+        parsed = pb.ModelInferRequest.FromString(message)
+        served = self._lane.inference.find(parsed.model_name, parsed.model_version)
+        request = grpc.decode(parsed, self._lane.settings)
+        self._served, self._id = served, request.id.encode()
+        try:
+            work = served.contract.admit(request)
+            self._asked = (request, work)
+            self._entry = served.gate.enqueue(self, work.rows, work.key, work.inputs, work.outputs)
+        except MantaError as error:
+            raise told(request.id, error) from error
+        if parts is not None and parts.raw and served.plans.seen(parts.key):
+            served.plans.learn(parts.key, plan_of(served.config, request, work))
+
+    def deliver(self, result: MemberResult | MantaError) -> None:
+        """The gate's answer, written in the same tick."""
+        try:
+            if isinstance(result, MantaError):
+                raise told(self._id.decode(), result)
+            reply = self._planned(result) if self._plan else self._asked_anew(result)
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._write(reply)
+
+    def _planned(self, result: MemberResult) -> bytes:
+        plan = self._plan
+        assert plan is not None
+        outputs = [result.outputs[name] for name in plan.outputs]
+        opened = plan.head(outputs, lambda: self._opening(self._response(plan.outputs, result)))
+        raw = [np.ascontiguousarray(output.data) for output in outputs]
+        return grpc_wire.answer(opened, self._id, raw)
+
+    def _asked_anew(self, result: MemberResult) -> bytes:
+        assert self._asked is not None
+        response = self._response(self._asked[1].outputs, result)
+        raw = [tensors.to_binary(tensor) for tensor in response.outputs]
+        return grpc_wire.answer(self._opening(response), self._id, raw)
+
+    def _opening(self, response: InferResponse) -> grpc_wire.Opening:
+        return grpc_wire.opening(response, [tensor.data.nbytes for tensor in response.outputs])
+
+    def _response(self, names: tuple[str, ...], result: MemberResult) -> InferResponse:
+        served, call = self._served, self._id.decode()
+        assert served is not None
+        try:
+            outputs = served.contract.answer(names, result.outputs)
+        except MantaError as error:
+            raise told(call, error) from error
+        snapshot = served.snapshot
+        return InferResponse(snapshot.model_name, str(snapshot.version), call, outputs)
+
+    # --- deadlines -------------------------------------------------------------------------------
+
+    def _watch_deadline(self, head: Head) -> None:
+        if head.timeout_s is not None:
+            wait_s = max(_TICK_S, head.timeout_s)
+            self._deadline = self._loop.call_later(wait_s, self._expired)
+
+    def _expired(self) -> None:
+        self._withdraw()
+        self._fail(grpc_wire.expired())
+
+    def _withdraw(self) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None and self._served is not None:
+            self._served.gate.withdraw(entry)
+
+    # --- what goes -------------------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, Refused):
+            code, text = error.args
+        elif isinstance(error, MantaError):
+            status, text = grpc.status(error)
+            code = status.value[0]
+        elif isinstance(error, DecodeError):
+            code, text = _UNKNOWN, f"Unexpected {type(error)}: {error}"
+        else:
+            logger.error("ModelInfer failed unexpectedly", exc_info=error)
+            self._fail(Internal("internal error"))
+            return
+        self._write(grpc_wire.refusal(code, text))
+
+    def _write(self, reply: bytes) -> None:
+        if not self._open:
+            return
+        self._transport.write(reply)
+        self._open = False
+        self._entry = None
+        self._stop_timers()
+        if self._reading:
+            self._late = self._loop.call_later(LINGER_S, self.close)
+        else:
+            self._over()
+
+    def _over(self) -> None:
+        """Answered, and read to its end."""
+        self._stop_timers()
+        self._forget()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._deadline, self._late):
+            if timer is not None:
+                timer.cancel()
+        self._deadline = self._late = None

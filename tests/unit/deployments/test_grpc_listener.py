@@ -1,0 +1,174 @@
+"""Who has the gRPC port: HAProxy with the lane, or grpc.aio where it cannot run; and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import grpc
+import pytest
+
+from deployments import haproxy
+from deployments.grpc_lane import PATH
+from deployments.grpc_listener import Folder, GrpcListener
+from deployments.ports import PortClaim
+
+from .grpc_lanes import Twins, needs_haproxy, run
+from .test_grpc import good
+
+MESSAGE = good().SerializeToString()
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def answers(server, road="lane"):
+    async with server.channel(road) as channel:
+        return await channel.unary_unary(PATH)(MESSAGE, wait_for_ready=True, timeout=20)
+
+
+@needs_haproxy
+def test_a_dead_haproxy_comes_back():
+    async def use(server):
+        listener = server.listeners["lane"]
+        pid = listener._haproxy.pid
+        assert await answers(server)
+        os.kill(pid, 9)
+        await until(lambda: listener._haproxy.pid != pid)
+        assert await answers(server)
+        assert listener.alive() and listener.has_lane
+
+    run(use)
+
+
+@needs_haproxy
+def test_grpc_aio_takes_the_port_when_haproxy_does_not_stay(monkeypatch, caplog):
+    monkeypatch.setattr(haproxy, "RESTARTS", 1)
+
+    async def use(server):
+        listener = server.listeners["lane"]
+        while listener.has_lane:
+            os.kill(listener._haproxy.pid, 9)
+            pid = listener._haproxy.pid
+            await until(lambda pid=pid: not listener.has_lane or listener._haproxy.pid != pid)
+        assert await answers(server)
+        assert listener.alive()
+
+    run(use)
+    assert "grpc.aio takes the gRPC port" in caplog.text
+
+
+def test_grpc_aio_has_the_port_where_there_is_no_haproxy(monkeypatch, caplog):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere/haproxy")
+
+    async def use():
+        server = Twins(exit_timeout_s=5)
+        with pytest.raises(AssertionError):  # it looks for the lane
+            await server.__aenter__()
+        assert await answers(server)
+        listener = server.listeners["lane"]
+        assert listener.alive() and not listener.has_lane
+        await listener.drain()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", server.ports["lane"])
+
+    asyncio.run(use())
+    assert "so grpc.aio has the gRPC port" in caplog.text
+
+
+@needs_haproxy
+def test_drained_it_answers_what_it_has_and_frees_the_port():
+    """Clients are told to go: the next call of one that stays connected finds no listener."""
+
+    async def use(server):
+        listener, channel = server.listeners["lane"], server.channels["lane"]
+        folder = listener._folder.path
+        call = channel.unary_unary(PATH)
+        assert await call(MESSAGE)
+        model = server.models["linear"]
+        model.held = asyncio.Event()
+        running = call(MESSAGE)
+        await until(lambda: model.groups[1:])
+        draining = asyncio.ensure_future(listener.drain())
+        await asyncio.sleep(1.5)  # beyond the window in which clients are told
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call(MESSAGE)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not draining.done()
+        model.held.set()
+        assert await running
+        await draining
+        assert not folder.exists()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", server.ports["lane"])
+
+    run(use, exit_timeout_s=20)
+
+
+@needs_haproxy
+def test_two_share_a_port():
+    """As two Routers of one node do; one may leave."""
+
+    async def use(server):
+        first = server.listeners["lane"]
+        claim = PortClaim("127.0.0.1", server.ports["lane"], "test")
+        second = GrpcListener(claim, first._add_servicer, first._settings, server.inference)
+        await second.start()
+        assert second.has_lane
+        for _ in range(8):
+            assert await answers(server)
+        await second.drain()
+        for _ in range(4):
+            assert await answers(server)
+
+    run(use, port=_shared_port())
+
+
+def _shared_port():
+    claim = PortClaim("127.0.0.1", 0, "test")
+    port = claim.port
+    claim.close()
+    return port
+
+
+def test_an_unopened_listener_can_be_drained():
+    async def use():
+        server = Twins()
+        claim = PortClaim("127.0.0.1", 0, "test")
+        await GrpcListener(claim, lambda _: None, server.settings, server.inference).drain()
+
+    asyncio.run(use())
+
+
+# --- the folder ----------------------------------------
+
+
+def test_the_folder_is_ours_alone_and_goes(monkeypatch):
+    with tempfile.TemporaryDirectory() as root:
+        monkeypatch.setattr(tempfile, "tempdir", root)
+        folder, other = Folder(), Folder()
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+        assert folder.path != other.path
+        folder.close()
+        folder.close()
+        assert not folder.path.exists() and other.path.exists()
+        other.close()
+
+
+def test_what_a_killed_one_left_goes_with_the_next_start(monkeypatch):
+    with tempfile.TemporaryDirectory() as root:
+        monkeypatch.setattr(tempfile, "tempdir", root)
+        killed, living = Folder(), Folder()
+        os.close(killed._lock)  # as the system does with a killed process
+        begun = Path(root) / f"manta-{os.getuid()}" / "grpc-begun"
+        begun.mkdir()  # of one that has not come to its lock yet
+        again = Folder()
+        assert not killed.path.exists()
+        assert living.path.exists() and again.path.exists() and begun.exists()
+        living.close()
+        again.close()
