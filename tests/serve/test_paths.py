@@ -1,0 +1,293 @@
+"""The same answers on every road, and nothing lost but what was on the one that broke.
+
+Two servers of their own: one that leaves all short roads out (`batching: direct`, Serve's handle,
+plain ASGI, grpc.aio alone), and one with two Routers over two replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+import tritonclient.grpc as grpcclient
+import tritonclient.http as httpclient
+from tritonclient.utils import InferenceServerException
+
+from tests import models
+from tests.serve import repository
+from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
+from tests.serve.server import Server, manta_serve, wait_for
+
+MODELS = ("mlp", "eager_mlp", "seed", "strings", "big")
+PLAIN = ("--batching=direct", "--local-channel=false", "--http-lane=false", "--grpc-lane=false")
+
+
+# --- the same answers ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(models_root: Path) -> Iterator[Server]:
+    loads = [f"--load-model={name}" for name in MODELS]
+    with manta_serve(models_root, "--model-control-mode=explicit", *PLAIN, *loads) as server:
+        server.wait_ready()
+        yield server
+
+
+def words(*texts: str) -> Any:
+    return np.array([[text.encode()] for text in texts], np.object_)
+
+
+SEED_INPUTS = [
+    ("ARGS[0]", 0), ("ARGS[1]", 1), ("ARGS[2][keyA]", 2), ("ARGS[2][key2]", 3),
+    ("KWARGS[kwarg1]", 4), ("INPUT__5", 5),
+]  # fmt: skip
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one row": ("mlp", {"INPUT__0": rows(1, 8)}),
+    "several rows": ("mlp", {"INPUT__0": rows(5, 8, 1)}),
+    "a full batch": ("mlp", {"INPUT__0": rows(32, 8, 2)}),
+    "an eager model": ("eager_mlp", {"x": rows(3, 8, 3)}),
+    "an AOTI package": ("seed", {name: rows(2, 16, n) for name, n in SEED_INPUTS}),
+    "strings": ("strings", {"words": words("a", "", "zwei Wörter", "x" * 5000)}),
+    "4 KB": ("big", {"x": rows(1, 1024, 4)}),
+    "6 MB, by reference or in shared memory": ("big", {"x": rows(2, 786432, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_all_roads_lead_to_the_same_bits(server: Server, plain: Server, name: str) -> None:
+    """One request is one batch here, so that both servers run the very same rows together."""
+    model, arrays = REQUESTS[name]
+    answers: dict[str, dict[str, Any]] = {}
+    for road, one in (("short", server), ("plain", plain)):
+        with (
+            contextlib.closing(httpclient.InferenceServerClient(one.http)) as http,
+            contextlib.closing(grpcclient.InferenceServerClient(one.grpc)) as grpc,
+        ):
+            for protocol, client in (("http", http), ("grpc", grpc)):
+                for turn in range(3):  # the third goes by a plan, where there is one
+                    reply = infer(client, model, arrays)
+                    answers[f"{road} {protocol} {turn}"] = outputs_of(client, model, reply)
+    first, *others = answers
+    for other in others:
+        assert answers[first].keys() == answers[other].keys()
+        for output, value in answers[first].items():
+            assert np.array_equal(value, answers[other][output]), f"{output}: {first}, {other}"
+
+
+def outputs_of(client: Any, model: str, reply: Any) -> dict[str, Any]:
+    metadata = client.get_model_metadata(model)
+    entries = metadata["outputs"] if isinstance(metadata, dict) else metadata.outputs
+    names = [one["name"] if isinstance(one, dict) else one.name for one in entries]
+    return {name: reply.as_numpy(name) for name in names}
+
+
+def test_the_bits_are_torchs_own(server: Server) -> None:
+    x = rows(5, 8, 1)
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        expected = torch.jit.script(repository.mlp())(torch.from_numpy(x)).numpy()
+    with contextlib.closing(httpclient.InferenceServerClient(server.http)) as client:
+        np.testing.assert_allclose(
+            infer(client, "mlp", {"INPUT__0": x}).as_numpy("OUTPUT__0"), expected, rtol=1e-6
+        )
+
+
+def test_each_server_takes_the_roads_that_it_is_told(server: Server, plain: Server) -> None:
+    """Or the comparison above would compare a road with itself."""
+    for one, road, other in ((server, "by_channel", "by_serve"), (plain, "by_serve", "by_channel")):
+        details = [r["details"] for r in one.peek()["replicas"] if ".mlp." in r["application"]]
+        assert int(details[0][road]) > 0 and int(details[0][other]) == 0
+    assert len(haproxies(server)) == 1 and haproxies(plain) == []
+
+
+def haproxies(server: Server) -> list[psutil.Process]:
+    found = []
+    for process in server.descendants():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "haproxy":
+                found.append(process)
+    return found
+
+
+# --- two Routers, two replicas -------------------------------------------------------------------
+
+NAP = """
+import time
+import torch
+
+class Nap(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.02)
+        return x * 2
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two Routers; `nap` has two replicas of one instance each, which take 20 ms a batch."""
+    root = tmp_path_factory.mktemp("pair")
+    models.save_eager(NAP, root, "nap")
+    text = repository.config(
+        [repository.tensor("x", "2")],
+        [repository.tensor("y", "2")],
+        engine='backend: "pytorch"\nruntime: "model.py"',
+        max_batch_size=4,
+        more="dynamic_batching { }\ninstance_group [ { kind: KIND_CPU count: 2 } ]\n"
+        + repository.EAGER,
+    )
+    repository.write_config(root, "nap", text)
+    with manta_serve(root, "--router-replicas=2") as server:
+        server.wait_ready()
+        wait_for(lambda: len(server.replica_pids("manta:Router")) == 2, 60, "two Routers")
+        yield server
+
+
+def nap_replicas(server: Server) -> list[dict[str, Any]]:
+    return [r for r in server.peek()["replicas"] if ".nap." in r["application"]]
+
+
+def whole(server: Server) -> list[dict[str, Any]]:
+    def both() -> list[dict[str, Any]]:
+        replicas = nap_replicas(server)
+        pids = {r["pid"] for r in replicas}
+        return replicas if len(pids) == 2 and pids <= set(server.replica_pids("nap")) else []
+
+    found: list[dict[str, Any]] = wait_for(both, 90, "both replicas of nap are there")
+    return found
+
+
+def load(server: Server, protocol: str, count: int, strike: Any = lambda: None) -> list[Any]:
+    """`count` requests over 24 clients of a connection each; `strike` is called in the middle."""
+
+    async def run() -> list[Any]:
+        numbers = iter(range(count))
+        replies: list[Any] = [None] * count
+
+        async def worker() -> None:
+            async with aio_client(server, protocol) as client:
+                for i in numbers:
+                    if i == count // 2:
+                        await asyncio.to_thread(strike)
+                    x = np.array([[i, -i]], np.float32)
+                    try:
+                        reply = await infer_aio(client, "nap", {"x": x})
+                        assert np.array_equal(reply.as_numpy("y"), x * 2)
+                        replies[i] = "ok"
+                    except InferenceServerException as error:
+                        replies[i] = str(error.status())
+                    except Exception as error:  # a connection that broke
+                        replies[i] = type(error).__name__
+
+        await asyncio.gather(*(worker() for _ in range(24)))
+        return replies
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_two_routers_never_overfill_a_replica(pair: Server, protocol: str) -> None:
+    """One batch that runs and one ahead is what an instance holds, whoever sends them; a client
+    that leaves in between fails nobody else."""
+    stop = threading.Event()
+
+    def leave() -> None:
+        body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
+        while not stop.is_set():
+            with contextlib.suppress(httpx.TimeoutException):
+                httpx.post(f"http://{pair.http}/v2/models/nap/infer", json=body, timeout=0.03)
+
+    leaver = threading.Thread(target=leave)
+    leaver.start()
+    try:
+        assert set(load(pair, protocol, 600)) == {"ok"}
+    finally:
+        stop.set()
+        leaver.join()
+    for replica in whole(pair):
+        details = replica["details"]
+        assert details["routers"] == "2"
+        assert 1 <= int(details["peak_held"]) <= 2
+        assert int(details["by_channel"]) > 10 and details["by_serve"] == "0"
+
+
+def test_a_killed_replica_loses_only_what_it_held(pair: Server) -> None:
+    victim = whole(pair)[0]["pid"]
+    replies = load(pair, "http", 400, lambda: os.kill(victim, signal.SIGKILL))
+    # At most two batches of at most four rows.
+    assert replies.count("ok") >= 400 - 8 and set(replies) <= {"ok", "503"}
+    assert victim not in {replica["pid"] for replica in whole(pair)}
+
+
+def test_a_broken_channel_loses_only_what_was_on_it(pair: Server) -> None:
+    """The directory of the sockets goes away, then a connection: Serve's handle stands in."""
+    routers = pair.replica_pids("manta:Router")
+    before = {r["pid"]: int(r["details"]["by_serve"]) for r in whole(pair)}
+
+    def strike() -> None:
+        for router in routers:
+            break_channels(router)
+
+    replies = load(pair, "http", 400, strike)
+    assert replies.count("ok") >= 400 - 16 and set(replies) <= {"ok", "503"}
+    assert set(load(pair, "http", 100)) == {"ok"}
+    assert {replica["pid"] for replica in whole(pair)} == set(before)  # nobody died of it
+
+
+def break_channels(pid: int) -> None:
+    """Shuts every channel of a process down, from outside, with a debugger's means: pidfd_getfd."""
+    import ctypes
+    import socket
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/{pid}/fd/{entry}").startswith("socket:"):
+                    continue
+                copy = libc.syscall(438, pidfd, int(entry), 0)  # pidfd_getfd(2)
+                if copy < 0:
+                    raise OSError(ctypes.get_errno(), "pidfd_getfd")
+                with socket.socket(fileno=copy) as one:
+                    if one.family == socket.AF_UNIX and "manta" in str(one.getpeername()):
+                        one.shutdown(socket.SHUT_RDWR)
+    finally:
+        os.close(pidfd)
+
+
+def test_a_killed_router_takes_its_haproxy_along_and_the_other_goes_on(pair: Server) -> None:
+    victim = pair.replica_pids("manta:Router")[0]
+    before = [process.pid for process in haproxies(pair)]
+    own = [p.pid for p in haproxies(pair) if p.ppid() == victim]
+    assert len(before) == 2 and len(own) == 1
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(own[0]), 10, "its HAProxy is gone")
+    wait_for(lambda: len(haproxies(pair)) == 2, 60, "the new Router has one of its own")
+    assert set(load(pair, "grpc", 60)) == {"ok"}
+    assert set(load(pair, "http", 60)) == {"ok"}
+
+
+def test_statistics_of_two_routers_are_exact(pair: Server) -> None:
+    time.sleep(2)  # what earlier tests left is told by then
+    with contextlib.closing(httpclient.InferenceServerClient(pair.http)) as client:
+        before = statistics(client, "nap")
+        assert set(load(pair, "http", 120)) == {"ok"}
+
+        def counted() -> int:
+            return statistics(client, "nap")["success"] - before["success"]
+
+        # The Router that is not asked tells once a second what it has counted.
+        wait_for(lambda: counted() >= 120, 10, "both Routers have told")
+        assert counted() == 120
