@@ -63,6 +63,24 @@ def artifact_filename(config: ModelConfig, version_files: Collection[str] = ()) 
     return DEFAULT_FILES["aoti" if config.platform == "torch_aoti" else "torchscript"]
 
 
+def of_version(config: ModelConfig, version_files: Collection[str]) -> ModelConfig:
+    """A normalised configuration as one version sees it.
+
+    Where the file that it means is missing and an AOTI package lies there instead, that version is
+    the package: so an optimised version stands beside the one that it was made from. Triton finds
+    no file to load there.
+    """
+    package = DEFAULT_FILES["aoti"]
+    wanted = artifact_filename(config, version_files)
+    if wanted in version_files or package not in version_files:
+        return config
+    if wanted not in DEFAULT_FILES.values():  # a name that somebody has chosen is meant
+        return config
+    return config.model_copy(
+        update={"platform": "torch_aoti", "runtime": "", "default_model_filename": package}
+    )
+
+
 def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
     backend, platform, runtime = config.backend, config.platform, config.runtime
     filename = config.default_model_filename

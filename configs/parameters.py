@@ -39,6 +39,8 @@ class ModelParameters(BaseModel):
     enable_jit_executor: bool | None = None
     enable_jit_profiling: bool | None = None
     enable_tensor_fuser: bool | None = None
+    enable_freezing: bool = False
+    enable_cuda_graphs: bool = False
     num_threads: int = 1
     num_interop_threads: int = 1
     torch_compile_optional_parameters: dict[str, Any] = {}
@@ -139,6 +141,8 @@ RULES: dict[str, _Rule] = {
     "ENABLE_JIT_EXECUTOR": _Rule(_bool, _SCRIPT),
     "ENABLE_JIT_PROFILING": _Rule(_bool, _SCRIPT),
     "ENABLE_TENSOR_FUSER": _Rule(_bool, _SCRIPT),
+    "ENABLE_FREEZING": _Rule(_bool, _SCRIPT),
+    "ENABLE_CUDA_GRAPHS": _Rule(_bool, _SCRIPT),
     "NUM_THREADS": _Rule(_count, _EAGER),
     "NUM_INTEROP_THREADS": _Rule(_count, _EAGER),
     "TORCH_COMPILE_OPTIONAL_PARAMETERS": _Rule(_compile_options, _EAGER),
@@ -187,6 +191,12 @@ def parse_parameters(
         except ValueError as error:
             raise ConfigError(f"{key}: {error}", field=field) from None
     warnings += _idle(config, values)
+    if values.get("enable_cuda_graphs") and values.get("enable_weight_sharing"):
+        raise ConfigError(
+            "ENABLE_CUDA_GRAPHS: a recording belongs to one instance, and with "
+            "ENABLE_WEIGHT_SHARING several share one model",
+            field='parameters["ENABLE_CUDA_GRAPHS"]',
+        )
     return ModelParameters(**values), warnings
 
 
@@ -227,12 +237,16 @@ _SWITCHES = {
     "ENABLE_JIT_EXECUTOR": "Jit executor",
     "ENABLE_JIT_PROFILING": "Jit profiling",
     "ENABLE_TENSOR_FUSER": "Tensor fuser",
+    "ENABLE_FREEZING": "Freezing",
+    "ENABLE_CUDA_GRAPHS": "CUDA graphs",
 }
 _SILENT = {  # no line unless the configuration has the key
     "ENABLE_WEIGHT_SHARING",
     "ENABLE_JIT_EXECUTOR",
     "ENABLE_JIT_PROFILING",
     "ENABLE_TENSOR_FUSER",
+    "ENABLE_FREEZING",
+    "ENABLE_CUDA_GRAPHS",
 }
 _THREADS = {"INTER_OP_THREAD_COUNT": "Inter op", "INTRA_OP_THREAD_COUNT": "Intra op"}
 

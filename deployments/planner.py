@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.complete import normalise
+from configs.complete import normalise, of_version
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.placement import GroupPlacement
@@ -79,6 +79,7 @@ class Planner:
         try:
             normal = normalise(config, repository.first_files(found), gpus > 0)
             files = repository.version_files(found, number)
+            normal = of_version(normal, files)
             placements = applications.place(normal, files, self._settings, gpus)
         except ConfigError as error:
             raise repository.explain(found, error) from None

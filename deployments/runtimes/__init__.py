@@ -51,7 +51,12 @@ def load(
         return aoti.load(path, config, parameters, device, kind)
     if chosen == "eager":
         return eager.load(path, config, parameters, device, kind)
-    return torchscript.load(path, config, parameters, device, kind)
+    loaded = torchscript.load(path, config, parameters, device, kind)
+    if parameters.enable_cuda_graphs and loaded.device.type == "cuda":
+        from . import graphs
+
+        return graphs.Graphed(loaded)
+    return loaded
 
 
 def place(path: Path, config: ModelConfig) -> str:

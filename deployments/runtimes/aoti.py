@@ -1,14 +1,16 @@
 """AOT Inductor packages: compiled models with a fixed call spec (spec/backend.md §3).
 
 Owns loading, the checks that a package needs beyond its own, and the call. The compiled code does
-not look at its inputs unless AOTI_RUNTIME_CHECK_INPUTS is set before its first run.
+not look at its inputs unless AOTI_RUNTIME_CHECK_INPUTS is set before its first run. Loads with the
+C++ class alone: torch's Python loader would import the whole compiler, 80 MB and 2 s of it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ _CHECK = re.compile(r"input_handles\[(\d+)\]: (.+)", re.DOTALL)
 _TOO_FEW = re.compile(r"dim value is too small at 0, expected it to be >= (\d+), but got: (\d+)")
 _SLOTS = re.compile(r"inputs vector size to be (\d+)")
 
+# What `manta optimize` writes into a package: JSON lists of the configured names, by position, and
+# the smallest batch that the code takes.
+INPUTS_KEY, OUTPUTS_KEY, FEWEST_KEY = "manta_inputs", "manta_outputs", "manta_fewest_rows"
+
 
 class Aoti:
     label = "AOT Inductor"
@@ -38,13 +44,15 @@ class Aoti:
         signature: Signature,
         binding: Binding,
         device: torch.device,
+        metadata: Mapping[str, str],
     ) -> None:
         self._loader = loader
         self._config = config
         self.signature = signature
         self.binding = binding
         self.device = device
-        self._fewest_rows = 1
+        self._optimised = INPUTS_KEY in metadata
+        self._fewest_rows = int(metadata.get(FEWEST_KEY, 1))
         self._order = [slot.position for slot in binding.inputs]
         self._names = {
             slot.position: tensor.name
@@ -55,6 +63,8 @@ class Aoti:
         slots: list[Any] = [None] * len(inputs)
         for position, value in zip(self._order, inputs, strict=True):
             slots[position] = value
+        if self._optimised:
+            self._check_empty(slots)
         rows = slots[0].shape[0] if self._config.max_batch_size else 0
         if 0 < rows < self._fewest_rows:
             return self._run_padded(slots, rows)
@@ -67,6 +77,14 @@ class Aoti:
             self._fewest_rows = fewest
             return self._run_padded(slots, rows)
         return self._outputs(leaves)
+
+    def _check_empty(self, slots: Sequence[torch.Tensor]) -> None:
+        """Such a package is compiled without a lower bound, so that one row is welcome; of nothing
+        at all it was never tried."""
+        for position, tensor in enumerate(slots):
+            if not tensor.numel():
+                name = self._names[position]
+                raise InvalidArgument(f"input '{name}' is empty, which the compiled model refuses")
 
     def _run_padded(self, slots: Sequence[torch.Tensor], rows: int) -> list[object]:
         """torch.export takes a dynamic dimension to be at least 2 unless told otherwise, so that a
@@ -123,19 +141,21 @@ def load(
             f"the package was compiled for {archive.device}, and this instance runs on "
             f"{target.type}; compile it for {target.type} or change the instance group"
         )
+    reason = reason or _refuse_processor(archive.metadata.get("AOTI_CPU_ISA", ""))
     if reason:
         raise ConfigError(reason, file=where)
     os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
-    from torch._inductor.package.package import load_package
-
+    c: Any = torch._C
     # Instances that share the package run side by side only with a runner each.
     runners = max((group.count for group in config.instance_group), default=1)
     try:
-        loader = load_package(
+        loader = c._aoti.AOTIModelPackageLoader(
             str(path),
-            num_runners=max(1, runners) if parameters.enable_weight_sharing else 1,
-            device_index=(target.index or 0) if target.type == "cuda" else -1,
-        ).loader
+            "model",
+            False,  # run_single_threaded
+            max(1, runners) if parameters.enable_weight_sharing else 1,
+            (target.index or 0) if target.type == "cuda" else -1,
+        )
     except (RuntimeError, ValueError) as error:
         if faults.is_fatal(error):
             raise
@@ -144,7 +164,44 @@ def load(
     specs = loader.get_call_spec()
     signature = parse_call_spec(*specs)
     _check_slots(loader, signature)
-    return Aoti(loader, config, signature, bind(config, signature), target)
+    binding = bind(_by_position(config, archive.metadata), signature)
+    return Aoti(loader, config, signature, binding, target, archive.metadata)
+
+
+def _refuse_processor(wanted: str) -> str:
+    """Why this processor cannot run the code: an unknown instruction would end the process."""
+    supported: dict[str, Any] = {
+        "AVX2": getattr(torch.cpu, "_is_avx2_supported", None),
+        "AVX512": getattr(torch.cpu, "_is_avx512_supported", None),
+        "AVX512_VNNI": getattr(torch.cpu, "_is_vnni_supported", None),
+        "AMX_TILE": getattr(torch.cpu, "_is_amx_tile_supported", None),
+    }
+    missing = [w for w in wanted.split() if (check := supported.get(w)) is not None and not check()]
+    if not missing:
+        return ""
+    return (
+        f"the package was compiled for a processor with {', '.join(missing)}, which this one has "
+        "not; compile it on the kind of machine that it runs on"
+    )
+
+
+def _by_position(config: ModelConfig, metadata: Mapping[str, str]) -> ModelConfig:
+    """An optimised version keeps its model's names, which need not be of the packages' grammar:
+    the package tells which of them lies where."""
+
+    def renamed(tensors: Any, key: str, word: str) -> tuple[Any, ...]:
+        places = {name: place for place, name in enumerate(json.loads(metadata.get(key, "[]")))}
+        return tuple(
+            t.model_copy(update={"name": f"{word}__{places[t.name]}"}) if t.name in places else t
+            for t in tensors
+        )
+
+    return config.model_copy(
+        update={
+            "input": renamed(config.input, INPUTS_KEY, "INPUT"),
+            "output": renamed(config.output, OUTPUTS_KEY, "OUTPUT"),
+        }
+    )
 
 
 def _check_slots(loader: Any, signature: Signature) -> None:

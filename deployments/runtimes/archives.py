@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import pickletools
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _PICKLE_LIMIT_BYTES = 64 << 20  # a data.pkl holds structure, not weights
@@ -18,13 +19,15 @@ _PICKLE_LIMIT_BYTES = 64 << 20  # a data.pkl holds structure, not weights
 class Archive:
     """`kind`: torchscript, module, state_dict, exported, aoti or unknown.
 
-    `class_name` of a pickled module, `device` that an AOTI package was compiled for.
+    `class_name` of a pickled module, `device` that an AOTI package was compiled for and the
+    `metadata` of its model: the compiler's facts and what whoever compiled it has added.
     """
 
     kind: str
     class_name: str = ""
     device: str = ""
     models: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def inspect(path: Path) -> Archive:
@@ -48,11 +51,12 @@ def inspect(path: Path) -> Archive:
 
 def _aoti(archive: zipfile.ZipFile, names: dict[str, str], packages: list[str]) -> Archive:
     models = tuple(sorted({name.split("/")[2] for name in packages}))
-    device = ""
+    metadata: dict[str, str] = {}
     for name in packages:
         if name.endswith("_metadata.json"):
-            device = json.loads(archive.read(names[name])).get("AOTI_DEVICE_KEY", "") or device
-    return Archive("aoti", device=device, models=models)
+            metadata |= json.loads(archive.read(names[name]))
+    device = metadata.get("AOTI_DEVICE_KEY", "")
+    return Archive("aoti", device=device, models=models, metadata=metadata)
 
 
 def _pickled(archive: zipfile.ZipFile, name: str) -> Archive:

@@ -46,7 +46,7 @@ class Eager:
         binding: Binding,
         device: torch.device,
     ) -> None:
-        self._module = module
+        self.module = module
         self._call = call
         self._config = config
         self.signature = Signature(None, strings=False)
@@ -54,7 +54,7 @@ class Eager:
         self.device = device
 
     def run(self, inputs: Sequence[Value | None]) -> list[object]:
-        arguments, keywords = _arrange(self.binding, inputs)
+        arguments, keywords = arrange(self.binding, inputs)
         result = self._call(*arguments, **keywords)
         found = pick(result, self._config, self.binding, list_is_tuple=True)
         # The module may return a tensor that it keeps and changes in its next run; a host tensor
@@ -65,12 +65,12 @@ class Eager:
         ]
 
     def weight_pointer(self) -> int:
-        for tensor in itertools.chain(self._module.parameters(), self._module.buffers()):
+        for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
             return int(tensor.data_ptr())
         return 0
 
 
-def _arrange(binding: Binding, inputs: Sequence[Value | None]) -> tuple[list[Any], dict[str, Any]]:
+def arrange(binding: Binding, inputs: Sequence[Value | None]) -> tuple[list[Any], dict[str, Any]]:
     """Puts each input where its path says; what lies deeper than one step is a dict or a tuple."""
     positional: dict[Any, Any] = {}
     keywords: dict[Any, Any] = {}
@@ -140,18 +140,27 @@ def _check_compiler(options: dict[str, Any], where: str) -> None:
     """Inductor compiles at the first request; a missing compiler is better said at load."""
     if options.get("backend", "inductor") != "inductor":
         return
+    if missing := missing_compiler():
+        raise ConfigError(
+            f"torch.compile needs {missing}: install g++, or disable compilation with "
+            'TORCH_COMPILE_OPTIONAL_PARAMETERS = {"disable": true}',
+            file=where,
+        )
+
+
+def missing_compiler() -> str:
+    """What Inductor looked for in vain; "" when it finds a C++ compiler."""
     from torch._inductor import config as inductor
 
     configured = inductor.cpp.cxx
     names = [configured] if isinstance(configured, str) else [n for n in configured if n]
     names = [*dict.fromkeys([*([os.environ["CXX"]] if os.environ.get("CXX") else []), *names])]
-    if not any(shutil.which(str(name).split()[0]) for name in names):
-        raise ConfigError(
-            f"torch.compile needs a C++ compiler and none is installed (looked for "
-            f"{', '.join(str(n) for n in names)}): install g++, or disable compilation with "
-            'TORCH_COMPILE_OPTIONAL_PARAMETERS = {"disable": true}',
-            file=where,
-        )
+    if any(shutil.which(str(name).split()[0]) for name in names):
+        return ""
+    return (
+        "a C++ compiler and none is installed (looked for "
+        f"{', '.join(str(name) for name in names)})"
+    )
 
 
 def _import(path: Path, where: str) -> ModuleType:

@@ -32,35 +32,39 @@ class TorchScript:
         signature: Signature,
         binding: Binding,
         device: torch.device,
+        frozen: bool = False,
     ) -> None:
-        self._module = module
+        self.module = module
         self._config = config
         self.signature = signature
         self.binding = binding
         self.device = device
+        self._frozen = frozen
         self._keys = [str(slot.path[-1]) for slot in binding.inputs]
         self._order = [slot.position for slot in binding.inputs]
 
     def run(self, inputs: Sequence[Value | None]) -> list[object]:
-        if self.signature.dict_input:
-            result = self._module(dict(zip(self._keys, inputs, strict=True)))
-        else:
-            arguments: list[Value | None] = [None] * len(inputs)
-            for position, value in zip(self._order, inputs, strict=True):
-                arguments[position] = value
-            result = self._module(*arguments)
+        result = self.module(*self.arrange(inputs))
         return pick(result, self._config, self.binding, list_is_tuple=False)
 
+    def arrange(self, inputs: Sequence[Value | None]) -> list[Any]:
+        """Inputs in config order as the arguments of `forward`."""
+        if self.signature.dict_input:
+            return [dict(zip(self._keys, inputs, strict=True))]
+        arguments: list[Any] = [None] * len(inputs)
+        for position, value in zip(self._order, inputs, strict=True):
+            arguments[position] = value
+        return arguments
+
     def weight_pointer(self) -> int:
-        for tensor in itertools.chain(self._module.parameters(), self._module.buffers()):
+        for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
             return int(tensor.data_ptr())
-        return 0
+        return id(self.module) if self._frozen else 0  # its weights are constants of the code
 
 
 def load(
     path: Path, config: ModelConfig, parameters: ModelParameters, device: str, kind: str
 ) -> TorchScript:
-    del parameters  # what they set is per thread and per process: settings.py
     where = place(path, config)
     reason = archives.refuse_torchscript(archives.inspect(path))
     if reason:
@@ -80,7 +84,26 @@ def load(
         raise ConfigError(text, file=where) from error
     inputs_at = target if target is not None else _settle(module)
     signature = describe(module, config.name)
-    return TorchScript(module, config, signature, bind(config, signature), inputs_at)
+    if parameters.enable_freezing:
+        module = _freeze(module, where)
+    binding = bind(config, signature)
+    return TorchScript(module, config, signature, binding, inputs_at, parameters.enable_freezing)
+
+
+def _freeze(module: Any, where: str) -> Any:
+    """Weights become constants, batch norms part of the convolutions before them, and on the host
+    convolutions get their weights in oneDNN's own layout. Answers differ in their last digits."""
+    optimize: Any = torch.jit.optimize_for_inference
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            return optimize(module)
+    except RuntimeError as error:
+        if faults.is_fatal(error):
+            raise
+        text = f"ENABLE_FREEZING: failed to freeze the model: {faults.clean_text(error)}"
+        raise ConfigError(text, file=where, field='parameters["ENABLE_FREEZING"]') from error
 
 
 def _settle(module: Any) -> torch.device:

@@ -66,3 +66,11 @@ def test_uvicorn() -> None:
     assert server.server_state.connections == set()
     assert callable(server.capture_signals)
     assert "self.servers" in inspect.getsource(uvicorn.Server.startup)
+
+
+def test_torch() -> None:
+    from torch._C._aoti import AOTIModelPackageLoader
+    from torch._export.converter import TS2EPConverter
+
+    assert callable(TS2EPConverter.retrace_as_exported_program)
+    assert {"run", "get_metadata"} <= set(dir(AOTIModelPackageLoader))

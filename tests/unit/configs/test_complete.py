@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.complete import artifact_filename, normalise, runtime_kind
+from configs.complete import artifact_filename, normalise, of_version, runtime_kind
 from configs.errors import ConfigError
 from configs.model import DynamicBatching, InstanceGroup, ModelConfig, ModelInput, ModelOutput
 
@@ -78,6 +78,36 @@ def test_engine(given, files, platform, runtime, filename, kind, artifact):
     assert runtime_kind(config, files) == kind
     assert artifact_filename(config, files) == artifact
     assert normalise(config, files, False) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "kind"),
+    [
+        ({"platform": "pytorch_libtorch"}, (PT2,), "aoti"),
+        ({"backend": "pytorch"}, (PT2,), "aoti"),
+        ({"default_model_filename": PT}, (PT2,), "aoti"),
+        ({"runtime": PY}, (PT2,), "aoti"),
+        ({}, (PT2,), "aoti"),
+        # what the configuration means is there, or nothing is
+        ({"platform": "pytorch_libtorch"}, (PT, PT2), "torchscript"),
+        ({"runtime": PY}, (PY, PT2), "eager"),
+        ({"runtime": PY}, (PT, PT2), "torchscript"),
+        ({"platform": "pytorch_libtorch"}, (), "torchscript"),
+        # a name that somebody chose stays
+        ({"backend": "pytorch", "default_model_filename": "net.pt"}, (PT2,), "torchscript"),
+    ],
+)
+def test_a_version_may_be_a_package_beside_other_kinds(given, files, kind):
+    """The first version is not one: only the files of the version itself tell."""
+    config = _normal(PT if "runtime" not in given else (PY,), **given)
+    version = of_version(config, files)
+    assert runtime_kind(version, files) == kind
+    assert of_version(version, files) == version
+    if kind == "aoti":
+        assert artifact_filename(version, files) == PT2
+        assert (version.platform, version.runtime) == ("torch_aoti", "")
+    else:
+        assert version == config
 
 
 def test_nothing_to_go_by_is_an_error_that_says_what_is_missing():

@@ -149,6 +149,17 @@ def _log(kind, **parameters):
     return log_lines(config, parse_parameters(config)[0])
 
 
+def test_compute_on_request():
+    """Off unless asked for: they change the last digits, or run a model more often."""
+    parameters, warnings = _parse("torchscript", ENABLE_FREEZING="1", ENABLE_CUDA_GRAPHS="on")
+    assert parameters.enable_freezing and parameters.enable_cuda_graphs and warnings == []
+    assert not ModelParameters().enable_freezing and not ModelParameters().enable_cuda_graphs
+    assert "'ENABLE_FREEZING'" in _parse("aoti", ENABLE_FREEZING="1")[1][0]
+    assert "Freezing is enabled for model 'm'" in _log("torchscript", ENABLE_FREEZING="1")
+    with pytest.raises(ConfigError, match="ENABLE_CUDA_GRAPHS: .* ENABLE_WEIGHT_SHARING"):
+        _parse("torchscript", ENABLE_CUDA_GRAPHS="1", ENABLE_WEIGHT_SHARING="1")
+
+
 def test_log_lines():
     assert _log("torchscript") == [
         "Optimized execution is enabled for model 'm'",

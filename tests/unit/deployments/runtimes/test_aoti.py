@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,35 @@ def test_package_given_to_torchscript(seed_package):
     with pytest.raises(ConfigError, match='set platform: "torch_aoti"'):
         made = config({"INPUT__0": (16,)}, {"OUTPUT__0": (16,)})
         runtimes.load(seed_package, made, ModelParameters(), "cpu", "KIND_CPU")
+
+
+def test_a_package_for_another_processor_is_refused(monkeypatch, seed_package):
+    """Its first unknown instruction would end the process, again and again."""
+    assert aoti._refuse_processor("") == aoti._refuse_processor("INVALID_VEC_ISA") == ""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    refusal = aoti._refuse_processor("AVX512 AVX512_VNNI")
+    assert "a processor with AVX512, AVX512_VNNI, which this one has not" in refusal
+    load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS)  # compiled without either
+
+
+def test_what_asks_the_processor_is_there():
+    for name in ("_is_avx2_supported", "_is_avx512_supported", "_is_vnni_supported"):
+        assert isinstance(getattr(torch.cpu, name)(), bool)
+
+
+def test_loading_leaves_the_compiler_alone(seed_package):
+    """Packages are run without the parts of torch that make them, which weigh 80 MB."""
+    code = f"""
+import sys
+from deployments.runtimes import aoti
+from tests.unit.deployments.runtimes import test_aoti as t
+from pathlib import Path
+runtime = t.load(Path({str(seed_package)!r}), [*t.INPUTS, "INPUT__5"], t.OUTPUTS)
+assert len(runtime.run(t.tensors(2))) == 8
+print([name for name in ("sympy", "torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,42 @@ def test_unreadable_file(tmp_path, content):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="model/1/model.pt: cannot find"):
         load(tmp_path / "model" / "1" / "model.pt", config({"a": (4,)}, {"O": (4,)}))
+
+
+class ConvNet(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 8, 3)
+        self.norm = torch.nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.relu(self.norm(self.conv(x)))
+        return y.mean((2, 3))
+
+
+def test_freezing_is_on_request_and_the_same_to_the_last_digits(tmp_path):
+    """Without it, answers are bit for bit those of torch.jit.load."""
+    path = models.save_torchscript(ConvNet().eval(), tmp_path)
+    made = config({"x": (3, 8, 8)}, {"y": (8,)})
+    asked = ModelParameters(enable_freezing=True)
+    frozen: Any = runtimes.load(path, made, asked, "cpu", "KIND_CPU")
+    plain: Any = load(path, made)
+    assert not list(frozen.module.parameters()) and list(plain.module.parameters())
+    assert frozen.weight_pointer() not in (0, plain.weight_pointer())
+    direct = torch.jit.load(str(path))
+    with torch.inference_mode():
+        for rows in (1, 2, 8):
+            x = torch.randn(rows, 3, 8, 8)
+            (want,), (got,) = plain.run([x]), frozen.run([x])
+            assert torch.equal(want, direct(x))
+            assert torch.allclose(want, got, atol=1e-5)
+
+
+def test_freezing_keeps_the_names_of_the_arguments(tmp_path):
+    path = models.save_torchscript(models.add_sub(), tmp_path)
+    made = config({"b": (4,), "a": (4,)}, {"OUTPUT__1": (4,), "OUTPUT__0": (4,)})
+    asked = ModelParameters(enable_freezing=True)
+    frozen: Any = runtimes.load(path, made, asked, "cpu", "KIND_CPU")
+    difference, total = frozen.run([B, A])
+    assert torch.equal(difference, A - B) and torch.equal(total, A + B)

@@ -1,0 +1,196 @@
+"""What `manta optimize` reads and writes: one version of one model, and the next one beside it.
+
+Owns version numbers, the atomic write and the configuration of a new model directory. Knows no
+torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from configs.complete import DEFAULT_FILES, RuntimeKind, normalise, of_version, runtime_kind
+from configs.errors import ConfigError
+from configs.model import ModelConfig
+from configs.parameters import ModelParameters, parse_parameters
+from deployments.errors import MantaError
+from deployments.repository import CONFIG, Found, Repository, check_model_name
+
+
+class OptimizeError(Exception):
+    """Why nothing can be made or written, in words for the terminal."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The version that is optimised, as it would be served. `kind` is an instance group's."""
+
+    repository: Path
+    found: Found
+    version: int
+    config: ModelConfig
+    parameters: ModelParameters
+    artifact: Path
+    runtime: RuntimeKind
+    kind: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.found.path)
+
+    def threads(self) -> int:
+        """What its instances compute with, unless the caller says otherwise."""
+        given = self.parameters.intra_op_thread_count
+        if self.runtime == "eager":
+            given = self.parameters.num_threads
+        instances = sum(g.count for g in self.config.instance_group if g.kind == "KIND_CPU")
+        return given or max(1, len(os.sched_getaffinity(0)) // max(1, instances))
+
+
+def read(repository: Path, model: str, version: int | None, has_gpu: bool) -> Source:
+    """Raises OptimizeError, which names what is missing or cannot be optimised."""
+    try:
+        return _read(repository, model, version, has_gpu)
+    except (ConfigError, MantaError) as error:
+        raise OptimizeError(str(error)) from None
+
+
+def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
+    repository = Repository((root,))
+    repository.check()
+    if not repository.contains(model):
+        raise OptimizeError(f"there is no model '{model}' in {root}")
+    found = repository.find(model)
+    if found.error:
+        raise OptimizeError(found.error)
+    if not found.versions:
+        raise OptimizeError(f"model '{model}' has no version directory")
+    number = found.versions[-1] if version is None else version
+    files = repository.version_files(found, number)
+    config = repository.read_config(found)
+    config = of_version(normalise(config, repository.first_files(found), has_gpu), files)
+    artifact = repository.artifact(found, number, config)
+    kind = runtime_kind(config, files)
+    if kind == "aoti":
+        older = [v for v in found.versions if v < number]
+        hint = (
+            f"; name the version it was made from, such as --version {older[-1]}" if older else ""
+        )
+        raise OptimizeError(f"version {number} of '{model}' is a compiled package already{hint}")
+    parameters, _ = parse_parameters(config, (artifact.name,))
+    group = config.instance_group[0].kind
+    return Source(root, found, number, config, parameters, artifact, kind, group)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the result goes: the next version of the model, or version 1 of a new one."""
+
+    source: Source
+    output: str | None = None
+
+    def check(self) -> None:
+        """Before any work is done. Raises OptimizeError."""
+        given = self.source.config.default_model_filename
+        if self.output is None:
+            if given not in ("", *DEFAULT_FILES.values()):
+                raise OptimizeError(
+                    f'config.pbtxt says default_model_filename: "{given}", so that no version can '
+                    "hold a file of another name: take the line out, or write a model of its own "
+                    "with --output NAME"
+                )
+            return
+        try:
+            check_model_name(self.output)
+        except MantaError as error:
+            raise OptimizeError(str(error)) from None
+        if (self.source.repository / self.output).exists():
+            raise OptimizeError(f"'{self.output}' exists in {self.source.repository} already")
+
+    def version_config(self, filename: str) -> ModelConfig:
+        """How the server will see the new version, whose only file is `filename`."""
+        if self.output is None:
+            return of_version(self.source.config, (filename,))
+        platform = "torch_aoti" if filename == DEFAULT_FILES["aoti"] else "pytorch_libtorch"
+        changes = {"platform": platform, "runtime": "", "default_model_filename": filename}
+        return self.source.config.model_copy(update=changes)
+
+    @contextmanager
+    def workshop(self) -> Iterator[Path]:
+        """A folder on the same disk that no server takes for a model or a version."""
+        parent = self.source.repository if self.output else self.source.folder
+        try:
+            path = tempfile.mkdtemp(prefix=".optimizing.", dir=parent)
+        except OSError as error:
+            raise OptimizeError(f"cannot write to {parent}: {error.strerror}") from None
+        try:
+            yield Path(path)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, made: Path, workshop: Path) -> Path:
+        """Moves `made` in, whole or not at all; returns the new version's folder."""
+        staged = workshop / "publish"
+        version = staged / "1" if self.output else staged
+        version.mkdir(parents=True)
+        made.rename(version / made.name)
+        for path in (version / made.name, version):
+            _sync(path)
+        if self.output is None:
+            return self._next_version(staged)
+        self._write_config(staged, self.output, made.name)
+        for folder in (staged, staged / "1"):
+            folder.chmod(0o755)
+        target = self.source.repository / self.output
+        try:
+            staged.rename(target)
+        except OSError as error:
+            raise OptimizeError(f"cannot write {target}: {error.strerror}") from None
+        return target / "1"
+
+    def _next_version(self, staged: Path) -> Path:
+        staged.chmod(0o755)
+        folder = self.source.folder
+        taken = (int(name) for name in os.listdir(folder) if name.isdecimal())
+        target = folder / str(max(taken, default=0) + 1)
+        try:
+            staged.rename(target)
+        except OSError as error:  # somebody else was quicker
+            raise OptimizeError(f"cannot write {target}: {error.strerror}") from None
+        _sync(folder)
+        return target
+
+    def _write_config(self, staged: Path, name: str, filename: str) -> None:
+        config = self.version_config(filename)
+        message = pb.ModelConfig()
+        text_format.Parse((self.source.folder / CONFIG).read_text(), message)
+        message.name, message.backend, message.platform = name, "pytorch", config.platform
+        for field in ("runtime", "default_model_filename", "version_policy"):
+            message.ClearField(field)
+        (staged / CONFIG).write_text(text_format.MessageToString(message))
+        for label in {o.label_filename for o in self.source.config.output if o.label_filename}:
+            (staged / label).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source.folder / label, staged / label)
+
+    def note(self, version: int) -> str:
+        """What still keeps the server from serving what was written; "" when nothing does."""
+        policy = self.source.config.version_policy
+        if self.output or policy is None or policy.specific is None or version in policy.specific:
+            return ""
+        return f"version_policy in config.pbtxt lists versions: add {version} to serve it"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,142 @@
+"""What is read, where the result goes, and that it goes there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.optimize.target import Destination, OptimizeError, read
+from configs.complete import runtime_kind
+from deployments.repository import Repository
+
+from . import repositories
+
+
+def source(root: Path, name: str = "mlp", version: int | None = None):
+    return read(root, name, version, has_gpu=False)
+
+
+def test_the_newest_version_unless_one_is_named(tmp_path: Path) -> None:
+    model = repositories.scripted(tmp_path)
+    (model / "1").rename(model / "2")
+    repositories.scripted(tmp_path)
+    assert source(tmp_path).version == 2
+    first = source(tmp_path, version=1)
+    assert (first.version, first.runtime, first.artifact.name) == (1, "torchscript", "model.pt")
+
+
+def test_threads_are_those_of_serving(tmp_path: Path) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    repositories.scripted(tmp_path)
+    assert source(tmp_path).threads() == cpus
+    two = repositories.MLP.replace("count: 1", f"count: {2 * cpus}")
+    repositories.scripted(tmp_path, text=two)
+    assert source(tmp_path).threads() == 1
+    key = 'parameters { key: "INTRA_OP_THREAD_COUNT" value { string_value: "3" } }\n'
+    repositories.scripted(tmp_path, text=repositories.MLP + key)
+    assert source(tmp_path).threads() == 3
+    repositories.eager(tmp_path)
+    assert source(tmp_path, "net").threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "text"),
+    [
+        ("absent", None, "there is no model 'absent'"),
+        ("../mlp", None, "path traversal"),
+        ("mlp", 9, "unable to find 'mlp/9'"),
+        ("empty", None, "no version directory"),
+        ("gpu", None, "no GPU is available"),
+        ("package", None, "version 2 of 'package' is a compiled package already; .*--version 1"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path: Path, name: str, version: int | None, text: str) -> None:
+    repositories.scripted(tmp_path)
+    (tmp_path / "empty").mkdir()
+    gpu = repositories.MLP.replace("KIND_CPU", "KIND_GPU")
+    repositories.scripted(tmp_path, name="gpu", text=gpu)
+    package = repositories.scripted(tmp_path, name="package")
+    (package / "2").mkdir()
+    (package / "2" / "model.pt2").write_bytes(b"")
+    with pytest.raises(OptimizeError, match=text):
+        source(tmp_path, name, version)
+
+
+def write(root: Path, destination: Destination, filename: str = "model.pt2") -> Path:
+    with destination.workshop() as workshop:
+        made = workshop / filename
+        made.write_bytes(b"made")
+        return destination.publish(made, workshop)
+
+
+def test_a_version_beside_the_old_one(tmp_path: Path) -> None:
+    """Written whole, seen by the repository as version 2, and of its own kind."""
+    model = repositories.scripted(tmp_path)
+    text = (model / "config.pbtxt").read_text()
+    destination = Destination(source(tmp_path))
+    destination.check()
+    assert write(tmp_path, destination) == model / "2"
+    assert sorted(os.listdir(model)) == ["1", "2", "config.pbtxt"]
+    assert os.listdir(model / "2") == ["model.pt2"]
+    assert (model / "config.pbtxt").read_text() == text
+    repository = Repository((tmp_path,))
+    assert repository.find("mlp").versions == (1, 2)
+    config = destination.version_config("model.pt2")
+    assert runtime_kind(config) == "aoti"
+    assert repository.artifact(repository.find("mlp"), 2, config) == model / "2" / "model.pt2"
+    assert write(tmp_path, destination) == model / "3"
+
+
+def test_while_it_is_made_nobody_takes_it_for_a_version(tmp_path: Path) -> None:
+    model = repositories.scripted(tmp_path)
+    with Destination(source(tmp_path)).workshop() as workshop:
+        assert workshop.parent == model
+        assert Repository((tmp_path,)).find("mlp").versions == (1,)
+    assert sorted(os.listdir(model)) == ["1", "config.pbtxt"]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Destination(source(tmp_path), "fast").workshop() as workshop,
+    ):
+        assert workshop.parent == tmp_path
+        assert [found.name for found in Repository((tmp_path,)).scan()] == ["mlp"]
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["mlp"]
+
+
+def test_a_model_of_its_own(tmp_path: Path) -> None:
+    labels = repositories.MLP.replace("dims: [ 4 ]", 'dims: [ 4 ] label_filename: "labels.txt"')
+    model = repositories.scripted(tmp_path, text=labels + "version_policy { all { } }\n")
+    (model / "labels.txt").write_text("a\nb\nc\nd\n")
+    destination = Destination(source(tmp_path), "fast")
+    destination.check()
+    assert write(tmp_path, destination) == tmp_path / "fast" / "1"
+    made = read(tmp_path, "mlp", None, has_gpu=False)
+    assert made.version == 1  # the old one is as it was
+    repository = Repository((tmp_path,))
+    config = repository.read_config(repository.find("fast"))
+    assert (config.platform, config.runtime, config.version_policy) == ("torch_aoti", "", None)
+    assert (config.input[0].name, config.output[0].name) == ("x", "y")
+    assert (tmp_path / "fast" / "labels.txt").is_file()
+    with pytest.raises(OptimizeError, match="'fast' exists"):
+        destination.check()
+    with pytest.raises(OptimizeError, match="path traversal"):
+        Destination(made, "../fast").check()
+
+
+def test_a_chosen_file_name_wants_a_model_of_its_own(tmp_path: Path) -> None:
+    named = repositories.MLP + 'default_model_filename: "net.pt"\n'
+    model = repositories.scripted(tmp_path, text=named)
+    (model / "1" / "model.pt").rename(model / "1" / "net.pt")
+    with pytest.raises(OptimizeError, match=r'default_model_filename: "net.pt".*--output'):
+        Destination(source(tmp_path)).check()
+    Destination(source(tmp_path), "fast").check()
+
+
+def test_a_policy_that_lists_versions_is_told_of(tmp_path: Path) -> None:
+    listed = repositories.MLP + "version_policy { specific { versions: [ 1 ] } }\n"
+    repositories.scripted(tmp_path, text=listed)
+    assert "add 2 to serve it" in Destination(source(tmp_path)).note(2)
+    assert not Destination(source(tmp_path)).note(1)
+    assert not Destination(source(tmp_path), "fast").note(2)
