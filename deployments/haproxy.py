@@ -26,6 +26,7 @@ logger = logging.getLogger("manta.haproxy")
 
 START_S = 10.0
 POLL_S = 0.02
+AGAIN_S = 0.2
 # It is started again this many times in this long; then it is given up.
 RESTARTS = 5
 RESTARTS_S = 60.0
@@ -236,25 +237,30 @@ class Haproxy:
 
     async def _keep(self, watch: asyncio.Task[None]) -> None:
         """Starts it again when it dies, unless it does nothing else."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await watch
+        started: asyncio.Task[None] | None = watch
+        while started is not None:
+            await started
             await self._ended(START_S)
             self._kill()
-            if self._stopping:
-                return
-            now_s = loop.time()
-            starts = self._started_s
-            if len(starts) == RESTARTS and now_s - starts[0] < RESTARTS_S:
-                break
-            starts.append(now_s)
+            started = await self._again()
+        if not self._stopping:
+            self._lost()
+
+    async def _again(self) -> asyncio.Task[None] | None:
+        """Another life; None when there have been too many, or we are to stop."""
+        loop = asyncio.get_running_loop()
+        starts = self._started_s
+        while not self._stopping:
+            if len(starts) == RESTARTS and loop.time() - starts[0] < RESTARTS_S:
+                return None
+            starts.append(loop.time())
             logger.warning("HAProxy has ended and is started again")
             try:
-                watch = await self._spawn()
+                return await self._spawn()
             except HaproxyFailed as error:
                 logger.warning("HAProxy does not start: %s", error)
-                break
-        self._lost()
+                await asyncio.sleep(AGAIN_S)
+        return None
 
     async def _ended(self, limit_s: float) -> None:
         """Polled: another owner of child signals may be in this process."""

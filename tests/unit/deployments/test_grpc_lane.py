@@ -166,7 +166,7 @@ def test_a_full_queue_and_a_closing_server():
         model = server.models["linear"]
         model.held = asyncio.Event()
         calls = [
-            asyncio.ensure_future(server.ask(road, good().SerializeToString())) for road in ROADS
+            asyncio.ensure_future(server.call(road, good().SerializeToString())) for road in ROADS
         ]
         while server.gates["linear"].pending < 1:
             await asyncio.sleep(0.001)
@@ -219,7 +219,7 @@ def test_twenty_megabytes_there_and_back():
         message = floats(5_000_000)
         for road in ROADS:
             for _ in range(2):
-                code, _, reply, _ = await server.ask(road, message.SerializeToString())
+                code, _, reply, _ = await server.call(road, message.SerializeToString())
                 assert code == "OK"
                 answer = pb.ModelInferResponse.FromString(reply)
                 assert answer.raw_output_contents[0] == message.raw_input_contents[0]
@@ -246,7 +246,7 @@ async def queued(server, road, **more):
     """A call that waits behind one that runs."""
     model = server.models["linear"]
     model.held = asyncio.Event()
-    first = asyncio.ensure_future(server.ask(road, good().SerializeToString()))
+    first = asyncio.ensure_future(server.call(road, good().SerializeToString()))
     while not model.groups:
         await asyncio.sleep(0.001)
     call = server.channels[road].unary_unary(PATH)(good().SerializeToString(), **more)
@@ -266,7 +266,7 @@ def test_a_cancelled_call_is_not_run(road):
             await asyncio.sleep(0.001)
         model.held.set()
         assert (await first)[0] == "OK"
-        assert (await server.ask(road, good().SerializeToString()))[0] == "OK"
+        assert (await server.call(road, good().SerializeToString()))[0] == "OK"
         assert len(model.ran) == 2
 
     run(use)
@@ -294,7 +294,7 @@ def test_a_call_past_its_deadline_is_not_run(road):
             await asyncio.sleep(0.001)
         model.held.set()
         assert (await first)[0] == "OK"
-        assert (await server.ask(road, good().SerializeToString(), timeout=30))[0] == "OK"
+        assert (await server.call(road, good().SerializeToString(), timeout=30))[0] == "OK"
         assert len(model.ran) == 2
 
     run(use)
@@ -309,7 +309,7 @@ def test_a_client_that_leaves_fails_nobody_else():
         while server.gates["linear"].pending + server.gates["linear"].in_flight < 8:
             await asyncio.sleep(0.001)
         calls = [
-            asyncio.ensure_future(server.ask("lane", good().SerializeToString())) for _ in range(8)
+            asyncio.ensure_future(server.call("lane", good().SerializeToString())) for _ in range(8)
         ]
         while server.gates["linear"].pending < 15:
             await asyncio.sleep(0.001)
@@ -334,7 +334,7 @@ def test_many_calls_at_once_on_one_connection():
                 entry(), raw=[np.full(4, number, np.float32).tobytes()], id=str(number)
             )
             reply = pb.ModelInferResponse.FromString(
-                (await server.ask("lane", message.SerializeToString()))[2]
+                (await server.call("lane", message.SerializeToString()))[2]
             )
             assert reply.id == str(number)
             assert (
