@@ -1,9 +1,9 @@
-"""What `bench.py` compares with: bare uvicorn and Starlette, one model call per request.
+"""What every server is compared with: FastAPI on uvicorn, the model in the same process.
 
-    python benchmarks/baseline.py --model mlp/1/model.pt --port 9000 --executor loop
+    python benchmarks/baseline.py --model mlp.pt --name mlp --port 9000 --executor loop
 
-The same v2 binary body in and out as the server's. The model runs on the event loop's thread
-(`loop`) or in a thread pool (`pool`); the benchmark takes whichever is faster. Nothing is batched.
+v2 binary bodies in and out, one model call per request, on the event loop's thread (`loop`) or in
+a thread pool (`pool`); the benchmark takes whichever is faster. Nothing is batched or validated.
 """
 
 from __future__ import annotations
@@ -11,32 +11,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import orjson
 import torch
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import FastAPI, Request, Response
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.mlp import HEADER
+HEADER = "Inference-Header-Content-Length"
+DTYPES = {"FP32": np.float32, "INT64": np.int64}
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 
 
 def answer(model: Model, body: bytes, header_bytes: int) -> tuple[bytes, int]:
     """A binary v2 request body -> a binary v2 response body, and the length of its JSON."""
-    head = orjson.loads(body[:header_bytes])
-    shape = head["inputs"][0]["shape"]
-    # A copy, because torch refuses memory that it may not write to.
-    tensor = torch.frombuffer(bytearray(body[header_bytes:]), dtype=torch.float32).reshape(shape)
+    (given,) = orjson.loads(body[:header_bytes])["inputs"]
+    array = np.frombuffer(body, DTYPES[given["datatype"]], offset=header_bytes)
+    # No copy. Torch warns once of memory that it may not write to; no model here does.
+    tensor = torch.from_numpy(array.reshape(given["shape"]))
     with torch.inference_mode():
         result = model(tensor)
     raw = result.numpy().tobytes()
@@ -46,11 +42,13 @@ def answer(model: Model, body: bytes, header_bytes: int) -> tuple[bytes, int]:
         "shape": list(result.shape),
         "parameters": {"binary_data_size": len(raw)},
     }
-    text = orjson.dumps({"model_name": "mlp", "model_version": "1", "outputs": [output]})
+    text = orjson.dumps({"model_name": "model", "model_version": "1", "outputs": [output]})
     return text + raw, len(text)
 
 
-def build_app(model: Model, pool: ThreadPoolExecutor | None) -> Starlette:
+def build_app(model: Model, name: str, pool: ThreadPoolExecutor | None) -> FastAPI:
+    app = FastAPI(openapi_url=None)
+
     async def infer(request: Request) -> Response:
         body, header_bytes = await request.body(), int(request.headers[HEADER])
         if pool is None:
@@ -60,26 +58,25 @@ def build_app(model: Model, pool: ThreadPoolExecutor | None) -> Starlette:
             content, length = await loop.run_in_executor(pool, answer, model, body, header_bytes)
         return Response(content, headers={HEADER: str(length)})
 
-    async def ready(request: Request) -> Response:
+    async def ready() -> Response:
         return Response()
 
-    endpoints: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
-        ("/v2/models/mlp/infer", infer, "POST"),
-        ("/v2/health/ready", ready, "GET"),
-    ]
-    return Starlette(routes=[Route(path, call, methods=[verb]) for path, call, verb in endpoints])
+    app.add_api_route(f"/v2/models/{name}/infer", infer, methods=["POST"], response_model=None)
+    app.add_api_route("/v2/health/ready", ready, methods=["GET"], response_model=None)
+    return app
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The benchmark's baseline server.")
     parser.add_argument("--model", type=Path, required=True, help="a TorchScript file")
+    parser.add_argument("--name", required=True, help="the model's name in the path")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--executor", choices=("loop", "pool"), default="loop")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = torch.jit.load(options.model).eval()
     pool = ThreadPoolExecutor(os.cpu_count()) if options.executor == "pool" else None
-    app = build_app(model, pool)
+    app = build_app(model, options.name, pool)
     uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
 
 

@@ -1,208 +1,234 @@
-"""Compares the server with a bare uvicorn and Starlette server on one MLP, and prints a table.
+"""Compares the server with others under load, and says which targets are met.
 
-    python benchmarks/bench.py [--seconds 4] [--rounds 5] [--connections 64,1]
-                               [--batching serve,direct] [--output benchmarks/out]
+    python benchmarks/bench.py [--models tiny,mlp] [--connections 1,64] [--protocols http,grpc]
+                               [--rounds 3] [--seconds 1.2] [--manta serve,direct,direct:2]
+                               [--peers 1 | --peers triton,kserve] [--manta-args "--flag=value"]
 
-Both servers are up, one is loaded at a time, in alternating rounds. `make bench` calls it; what
-the columns mean stands in benchmarks/README.md.
+Keeps what it has measured and goes on from there; `--fresh` begins anew. `make bench` calls it;
+how it measures and what the columns mean stands in benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import hashlib
+import re
+import shlex
 import signal
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-
-import torch
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import load, mlp, report, servers
-from benchmarks.report import Mode, Run
-from benchmarks.servers import Server
+from benchmarks import load, matrix, models, plots, report, servers
+from benchmarks.contestants import Baseline, Contestant, Manta, Stage
+from benchmarks.load import LoadError, Timing
+from benchmarks.models import MODELS, Model
+from benchmarks.peers import PEERS
+from benchmarks.servers import ServerError
+from benchmarks.stand import Plan, say
+from benchmarks.store import Store
+from benchmarks.targets import DELAY_US
+
+ROOT = Path(__file__).resolve().parents[1]
+OUR_CODE = ("configs", "deployments", "cluster")
+PICK_CONNECTIONS, PICK_SECONDS = 32, 1.0
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(word) for word in words(text)]
 
 
-def modes(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := set(chosen) - {"serve", "direct"}:
-        raise argparse.ArgumentTypeError(f"unknown batching mode {sorted(unknown)}")
+def names_of(known: Sequence[str], text: str) -> list[str]:
+    """A subset by name; "1" or "all" is all of them, "0" none."""
+    if text in ("1", "all"):
+        return list(known)
+    chosen = [] if text == "0" else words(text)
+    if unknown := set(chosen) - set(known):
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+        )
     return chosen
 
 
+MODE = re.compile(r"(serve|direct)(?::([1-9]|1[0-6]))?(?:\+(fp32|bf16|fp16))?")
+
+
+def manta_mode(word: str) -> tuple[str, int, str]:
+    """`direct:2+bf16`: direct batching, two Routers, what `manta optimize` makes of the model."""
+    found = MODE.fullmatch(word)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"no such mode: {word}")
+    batching, routers, precision = found.groups()
+    return batching, int(routers or 1), precision or ""
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Manta against bare uvicorn and Starlette.")
-    parser.add_argument("--seconds", type=float, default=4, help="per run, after 1 s of warm-up")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--connections", type=numbers, default=[64, 1])
-    parser.add_argument("--batching", type=modes, default=["serve", "direct"])
-    parser.add_argument("--queue-delay-us", type=int, default=0)
-    parser.add_argument("--baseline-only", action="store_true", help="do not start manta")
-    default = Path(__file__).resolve().parent / "out"
-    parser.add_argument("--output", type=Path, default=default, help="for the tables and logs")
+    parser = argparse.ArgumentParser(description="Manta and other servers under the same load.")
+    add = parser.add_argument
+    add("--models", type=lambda text: names_of(list(MODELS), text), default=list(MODELS))
+    add("--connections", type=numbers, default=None, help="by default what suits the model")
+    add("--protocols", type=lambda text: names_of(("http", "grpc"), text), default=["http", "grpc"])
+    add("--rounds", type=int, default=3)
+    add("--seconds", type=float, default=1.2, help="of one run; slow models get more")
+    add("--delays", type=numbers, default=None, help="queue delays in us, for all models")
+    add("--manta", type=words, default=["serve", "direct"], help="serve, direct:2, serve+bf16")
+    add("--manta-args", type=shlex.split, default=[], help="more flags for manta serve")
+    add("--peers", type=lambda text: names_of(list(PEERS), text), default=[])
+    add("--idle", choices=("freeze", "run", "stop"), default="freeze")
+    add("--fresh", action="store_true", help="forget what was measured before")
+    add("--keep", action="store_true", help="also show what was measured with other code")
+    add("--report-only", action="store_true", help="measure nothing, write the report anew")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "out")
     options = parser.parse_args(arguments)
     if not 0 < options.seconds <= 60 or not 1 <= options.rounds <= 20:
         parser.error("--seconds must lie in (0, 60], --rounds in 1 to 20")
-    if not all(1 <= count <= 1024 for count in options.connections):
+    if not all(1 <= count <= 1024 for count in options.connections or ()):
         parser.error("--connections must lie in 1 to 1024")
+    try:
+        options.manta = [manta_mode(word) for word in options.manta]
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     return options
 
 
-# --- measuring -----------------------------------------------------------------------------------
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a figure depends on, besides its key: another value makes it another figure."""
+    digest = hashlib.sha256()
+    for folder in OUR_CODE:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return {
+        "seconds": options.seconds,
+        "idle": options.idle,
+        "manta_args": shlex.join(options.manta_args),
+        "code": "any" if options.keep else digest.hexdigest()[:12],
+    }
 
 
-def direct_call_us(model_file: Path, calls: int = 2000) -> float:
-    """Median time of the bare model on one row and one thread, in this process."""
-    model, tensor = torch.jit.load(model_file), torch.randn(1, mlp.WIDTHS[0])
-    torch.set_num_threads(1)
-    took = []
-    with torch.inference_mode():
-        for _ in range(calls):
-            begin = time.perf_counter_ns()
-            model(tensor)
-            took.append(time.perf_counter_ns() - begin)
-    return statistics.median(took) / 1e3
+# --- who and what --------------------------------------------------------------------------------
 
 
-def pick_executor(
-    model_file: Path, request: mlp.Request, logs: Path, seconds: float
-) -> dict[str, float]:
-    """The baseline's throughput at 64 connections by where it runs the model, faster first."""
-    found: dict[str, list[float]] = {"loop": [], "pool": []}
+def stages_of(options: argparse.Namespace, model: Model) -> list[tuple[int, list[int]]]:
+    """(queue delay, connections); one connection also without delay where a call is short."""
+    connections = options.connections or list(model.connections)
+    if not model.batched:
+        return [(0, connections)]
+    if options.delays is not None:
+        return [(delay_us, connections) for delay_us in options.delays]
+    stages = [(DELAY_US, connections)]
+    if model.quick and 1 in connections:
+        stages.append((0, [1]))
+    return stages
+
+
+def pick_executor(stage: Stage, folder: Path) -> str:
+    """Where the baseline runs the model: whichever is faster, each measured twice in turn."""
+    best: dict[str, float] = {"loop": 0.0, "pool": 0.0}
+    request = Baseline().request(stage, "http")
+    timing = Timing(min(1.0, stage.model.warm_up_s), PICK_SECONDS)
     for executor in ("loop", "pool", "pool", "loop"):
-        (port,) = servers.free_ports(1)
-        command = servers.baseline_command(model_file, port, executor)
-        with servers.running("baseline", command, port, logs):
-            found[executor].append(load.run(port, request, 64, seconds).throughput)
-    means = {executor: statistics.mean(values) for executor, values in found.items()}
-    return dict(sorted(means.items(), key=lambda entry: -entry[1]))
+        launch = Baseline(executor).launch(stage, folder)
+        with servers.running("fastapi", launch, folder / "fastapi.log") as server:
+            port = server.launch.ports["http"]
+            found = load.run("h2load", port, request, PICK_CONNECTIONS, timing)
+            best[executor] = max(best[executor], found.throughput)
+    say(f"  fastapi: loop {best['loop']:,.0f}/s, pool {best['pool']:,.0f}/s")
+    return max(best, key=lambda executor: best[executor])
 
 
-def measure(
-    name: str,
-    server: Server,
-    other: Server | None,
-    request: mlp.Request,
-    run: tuple[int, int, float],
-) -> Run:
-    """One run of (connections, round, seconds) on `server`, while `other` idles."""
-    connections, number, seconds = run
-    counting = server.name.startswith("manta")
-    before = servers.statistics(server) if counting else None
-    clock, own = time.monotonic(), servers.cpu_seconds(server)
-    idle = servers.cpu_seconds(other) if other else 0.0
-    result = load.run(server.port, request, connections, seconds)
-    wall = time.monotonic() - clock
-    own_cores = (servers.cpu_seconds(server) - own) / wall
-    other_cores = (servers.cpu_seconds(other) - idle) / wall if other else 0.0
-    counters = servers.statistics(server).since(before) if before else None
-    print(
-        f"  round {number}, {connections:>2} connections, {server.name:<13}"
-        f"{result.throughput:>8,.0f}/s  p50 {result.percentile_us(50) / 1e3:.2f} ms",
-        file=sys.stderr,
-    )
-    return Run(
-        mode=name,
-        server="manta" if counting else "baseline",
-        connections=connections,
-        round=number,
-        requests=result.requests,
-        failed=result.failed,
-        throughput=result.throughput,
-        mean_us=float(result.latencies_us.mean()),
-        p50_us=result.percentile_us(50),
-        p99_us=result.percentile_us(99),
-        own_cores=own_cores,
-        other_cores=other_cores,
-        counters=counters,
-    )
+def install_peers(options: argparse.Namespace, store: Store) -> list[Contestant]:
+    """Those that could be installed; the others get their reason."""
+    found: list[Contestant] = []
+    for name in options.peers:
+        peer = PEERS[name](options.output / "peers")
+        try:
+            say(f"{name}: installing, unless it is there")
+            peer.install()
+        except ServerError as error:
+            store.problem("installation", name, str(error))
+            say(f"{name}: {error}")
+            continue
+        store.problem("installation", name, None)
+        found.append(peer)
+    return found
 
 
-@contextlib.contextmanager
-def manta(options: argparse.Namespace, repository: Path, mode: str) -> Iterator[Server | None]:
-    if options.baseline_only:
-        yield None
-        return
-    ports = servers.free_ports(3)
-    command = servers.manta_command(repository, ports, mode)
-    with servers.running(f"manta-{mode}", command, ports[0], options.output) as server:
-        yield server
+def run(options: argparse.Namespace, store: Store) -> None:
+    peers = install_peers(options, store)
+    store.note("versions", [peer.version() for peer in peers])
+    plan = Plan(tuple(options.protocols), options.rounds, options.seconds, options.idle)
+    executors: dict[str, str] = store.noted("executors", {})
+    for name in options.models:
+        model = MODELS[name]
+        file = models.build(model, options.output / "models")
+        row = model.one_row()
+        expected = models.expected(model, file, row)
+        for delay_us, connections in stages_of(options, model):
+            stage = Stage(model, file, delay_us, row, expected)
+            if name not in executors:
+                executors[name] = pick_executor(stage, options.output)
+                store.note("executors", executors)
+            ours = [
+                Manta(batching, routers, precision, options.manta_args)
+                for batching, routers, precision in options.manta
+            ]
+            everyone = [Baseline(executors[name]), *ours, *peers]
+            matrix.run_stage(stage, connections, everyone, plan, store)
 
 
-def compare(
-    options: argparse.Namespace, repository: Path, request: mlp.Request, executor: str, mode: str
-) -> Mode:
-    """All rounds with the server in one batching mode; who goes first changes every round."""
-    model_file = repository / "mlp" / "1" / "model.pt"
-    (port,) = servers.free_ports(1)
-    command = servers.baseline_command(model_file, port, executor)
-    runs: list[Run] = []
-    with (
-        servers.running("baseline", command, port, options.output) as base,
-        manta(options, repository, mode) as ours,
-    ):
-        pair = [base] if ours is None else [base, ours]
-        errors = {server.name: servers.largest_error(server, request) for server in pair}
-        for number in range(1, options.rounds + 1):
-            for connections in options.connections:
-                for server in pair if number % 2 else pair[::-1]:
-                    other = next((one for one in pair if one is not server), None)
-                    run = (connections, number, options.seconds)
-                    runs.append(measure(mode, server, other, request, run))
-        memory = tuple(servers.memory(ours)) if ours else ()
-    exit_code = ours.exit_code if ours else None
-    return Mode(mode, tuple(runs), memory, errors, exit_code)
+def write_report(options: argparse.Namespace, store: Store) -> None:
+    facts = {
+        "machine": report.machine(),
+        "settings": {"rounds": options.rounds} | store.settings,
+        "versions": store.noted("versions", []),
+    }
+    store.note("machine", facts["machine"])
+    page = report.markdown(store, facts)
+    (options.output / "bench.md").write_text(page + "\n")
+    print(page)
+    try:
+        for file in plots.draw(store, options.output):
+            say(f"wrote {file}")
+    except ImportError as error:
+        say(f"no plots: {error}; pip install '.[bench]'")
+    if store.hidden:
+        say(f"{store.hidden} runs of other settings or other code are not shown")
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack, so that both servers are stopped."""
+    """SIGTERM unwinds the stack, so that all servers are stopped."""
     sys.exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, terminate)
+    if reason := load.missing():
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
+    options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="manta-bench.") as temporary:
-        repository = Path(temporary)
-        try:
-            model_file = mlp.build_repository(repository, options.queue_delay_us)
-            request = mlp.make_request(model_file)
-            executors = pick_executor(model_file, request, options.output, options.seconds)
-            executor = next(iter(executors))
-            result = {
-                "machine": report.machine(),
-                "settings": {
-                    "generator": load.generator(),
-                    "seconds": options.seconds,
-                    "rounds": options.rounds,
-                    "queue_delay_us": options.queue_delay_us,
-                },
-                "baseline_executors": executors,
-                "baseline_executor": executor,
-                "direct_call_us": direct_call_us(model_file),
-            }
-            names = ["none"] if options.baseline_only else options.batching
-            measured = [compare(options, repository, request, executor, name) for name in names]
-        except (servers.ServerError, load.LoadError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    page = report.markdown(result, measured)
-    (options.output / "bench.md").write_text(page)
-    text = json.dumps(report.collect(result, measured), indent=2)
-    (options.output / "bench.json").write_text(text)
-    print(page)
+    store = Store(options.output / "bench.json", settings_of(options), options.fresh)
+    try:
+        if not options.report_only:
+            run(options, store)
+    except (ServerError, LoadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted: what was measured is kept")
+    write_report(options, store)
     return 0
 
 

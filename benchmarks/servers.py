@@ -1,7 +1,7 @@
-"""Starts, watches and stops the two servers under test, each in a process group of its own.
+"""Starts, asks and stops one server under test, in a process group of its own.
 
-Owns: ports, readiness, memory by role, the server's own statistics, the one checked answer.
-Measures no time. Called by `bench.py`.
+Owns: ports, readiness, the one checked answer, the v2 statistics, the end. Measures no time and
+knows no server by name: what to start is a `Launch`. Called by `matrix.py`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,40 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
-import psutil
 
-from benchmarks.mlp import HEADER, PATH, Request, read_answer
+from benchmarks import processes, wire
+from benchmarks.wire import GRPC_PREFIX_BYTES, Request
 
-START_LIMIT_S, STOP_LIMIT_S = 180.0, 60.0
-MIB = 1 << 20
+START_LIMIT_S, STOP_LIMIT_S, ANSWER_LIMIT_S = 180.0, 60.0, 60.0
+KILL_LIMIT_S = 10.0
+THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 class ServerError(Exception):
     """A server that did not start, answer or stop as it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a server; `ports` by protocol. It is ready when GET `ready_path` gives 200."""
+
+    command: tuple[str, ...]
+    ports: Mapping[str, int]
+    ready_path: str
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -38,26 +54,27 @@ class Server:
     """`exit_code` is None while it runs."""
 
     name: str
-    port: int
+    launch: Launch
     process: subprocess.Popen[bytes]
     log: Path
     exit_code: int | None = None
 
+    @property
+    def root(self) -> int:
+        return self.process.pid
+
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident memory of one process; `pss` counts what is shared by its share."""
+class Answer:
+    """`size` is what came back in one body; for gRPC with its prefix, as h2load counts it."""
 
-    role: str
-    pid: int
-    title: str
-    rss_mib: float
-    pss_mib: float
+    error: float
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Cumulative; durations are ns summed over requests (spec/server.md §5.1)."""
+    """Cumulative; durations are ns summed over requests (the v2 statistics extension)."""
 
     inference_count: int
     execution_count: int
@@ -84,42 +101,29 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def manta_command(repository: Path, ports: Sequence[int], batching: str) -> list[str]:
-    http_port, grpc_port, metrics_port = ports
-    return [
-        str(Path(sys.executable).parent / "manta"),
-        "serve",
-        f"--model-repository={repository}",
-        f"--http-port={http_port}",
-        f"--grpc-port={grpc_port}",
-        f"--metrics-port={metrics_port}",
-        f"--batching={batching}",
-    ]
-
-
-def baseline_command(model_file: Path, port: int, executor: str) -> list[str]:
-    script = str(Path(__file__).with_name("baseline.py"))
-    flags = [f"--model={model_file}", f"--port={port}", f"--executor={executor}"]
-    return [sys.executable, script, *flags]
-
-
-@contextlib.contextmanager
-def running(name: str, command: Sequence[str], port: int, logs: Path) -> Iterator[Server]:
-    """The server, ready; stopped at the end, whatever happened in between."""
-    log = logs / f"{name}.log"
+def start(name: str, launch: Launch, log: Path) -> Server:
+    """The server, ready; ServerError with the end of its log where it does not get so far."""
+    environment = os.environ | THREADS | dict(launch.environment)
     with log.open("wb") as sink:
         try:
             process = subprocess.Popen(
-                command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+                launch.command,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=launch.folder,
+                env=environment,
+                start_new_session=True,
             )
         except OSError as error:
             raise ServerError(f"{name}: {error}") from error
-    server = Server(name, port, process, log)
+    server = Server(name, launch, process, log)
     try:
         wait_ready(server)
-        yield server
-    finally:
-        server.exit_code = stop(server)
+    except BaseException:
+        stop(server)
+        raise
+    return server
 
 
 def wait_ready(server: Server) -> None:
@@ -128,25 +132,42 @@ def wait_ready(server: Server) -> None:
         if server.process.poll() is not None:
             break
         with contextlib.suppress(OSError, http.client.HTTPException):
-            if get(server.port, "/v2/health/ready")[0] == 200:
+            if get(server.launch.ports["http"], server.launch.ready_path)[0] == 200:
                 return
-        time.sleep(0.2)
-    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-30:])
+        time.sleep(0.1)
+    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
     code = server.process.poll()
     state = "not ready" if code is None else f"exit code {code}"
-    raise ServerError(f"{server.name}: {state}; the end of {server.log}:\n{tail}")
+    raise ServerError(f"{server.name}: {state}; the end of its log:\n{tail}")
 
 
 def stop(server: Server) -> int:
-    """SIGTERM to the process that we started; SIGKILL to its group if it does not end in time."""
+    """SIGTERM to the process that we started; SIGKILL to what is left of its tree in the end."""
+    processes.thaw(server.root)
+    left = processes.tree(server.root)
     if server.process.poll() is None:
         server.process.terminate()
     try:
-        return server.process.wait(STOP_LIMIT_S)
+        server.exit_code = server.process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGKILL)
-        return server.process.wait()
+        server.exit_code = -signal.SIGKILL
+    for process in left:
+        with contextlib.suppress(*processes.GONE):
+            process.kill()  # psutil refuses when the id is somebody else's by now
+    if server.process.poll() is None:
+        server.process.wait()
+    processes.wait_gone(left, KILL_LIMIT_S)
+    return server.exit_code
+
+
+@contextlib.contextmanager
+def running(name: str, launch: Launch, log: Path) -> Iterator[Server]:
+    """Stopped at the end, whatever happened in between."""
+    server = start(name, launch, log)
+    try:
+        yield server
+    finally:
+        stop(server)
 
 
 # --- questions -----------------------------------------------------------------------------------
@@ -162,94 +183,61 @@ def get(port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def largest_error(server: Server, request: Request) -> float:
-    """One request, compared with torch's own answer; ServerError beyond 1e-5."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+def check(server: Server, request: Request, expected: np.ndarray, tolerance: float) -> Answer:
+    """One request, compared with torch's own answer; ServerError where it is not the same."""
+    port = server.launch.ports[request.protocol]
+    call = _call_grpc if request.protocol == "grpc" else _call_http
     try:
-        connection.request("POST", PATH, request.body, {HEADER: str(request.header_bytes)})
+        headers, body = call(port, request)
+        error = wire.error_of(request.read(headers, body), expected)
+    except (OSError, http.client.HTTPException, ValueError, KeyError, wire.WireError) as problem:
+        raise ServerError(f"{server.name}, {request.protocol}: {problem!r}") from problem
+    if not error <= tolerance:
+        raise ServerError(f"{server.name}, {request.protocol}: the answer is off by {error:.2e}")
+    prefix = GRPC_PREFIX_BYTES if request.protocol == "grpc" else 0
+    return Answer(error, len(body) + prefix)
+
+
+def _call_http(port: int, request: Request) -> tuple[Mapping[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_LIMIT_S)
+    try:
+        connection.request("POST", request.path, request.body, dict(request.headers))
         response = connection.getresponse()
         body = response.read()
     finally:
         connection.close()
     if response.status != 200:
-        raise ServerError(f"{server.name}: {response.status} {body[:500]!r}")
-    result = read_answer(body, int(response.headers[HEADER]))
-    if result.shape != request.expected.shape:
-        raise ServerError(f"{server.name}: the answer has shape {result.shape}")
-    error = float(np.abs(result - request.expected).max())
-    if not error <= 1e-5:
-        raise ServerError(f"{server.name}: the answer is off by {error:.2e}")
-    return error
+        raise ServerError(f"status {response.status}: {body[:500]!r}")
+    return {name.lower(): value for name, value in response.getheaders()}, body
 
 
-def statistics(server: Server) -> Statistics:
-    """The mlp's counters, once they stand still: they reach the server's books a little later."""
-    last = _read_statistics(server.port)
-    for _ in range(10):
-        time.sleep(0.5)
-        now = _read_statistics(server.port)
-        if now == last:
-            return now
-        last = now
-    return last
+def _call_grpc(port: int, request: Request) -> tuple[Mapping[str, str], bytes]:
+    """The same bytes as h2load sends, through gRPC's own client: status 0 or an exception."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        method = channel.unary_unary(request.path)
+        try:
+            body = method(
+                request.body[GRPC_PREFIX_BYTES:], timeout=ANSWER_LIMIT_S, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            raise ServerError(f"gRPC {error.code().name}: {error.details()}") from error
+    return {}, body
 
 
-def _read_statistics(port: int) -> Statistics:
-    status, body = get(port, "/v2/models/mlp/stats")
+def statistics(port: int, model: str) -> Statistics:
+    """The model's counters, as the v2 statistics extension gives them."""
+    status, body = get(port, f"/v2/models/{model}/stats")
     if status != 200:
-        raise ServerError(f"/v2/models/mlp/stats: {status} {body[:500]!r}")
-    (model,) = json.loads(body)["model_stats"]
-    parts: dict[str, Any] = model["inference_stats"]
+        raise ServerError(f"/v2/models/{model}/stats: {status} {body[:500]!r}")
+    (found,) = json.loads(body)["model_stats"]
+    parts: dict[str, Any] = found["inference_stats"]
     return Statistics(
-        inference_count=int(model["inference_count"]),
-        execution_count=int(model["execution_count"]),
+        inference_count=int(found["inference_count"]),
+        execution_count=int(found["execution_count"]),
         success=int(parts["success"]["count"]),
         queue_ns=int(parts["queue"]["ns"]),
         input_ns=int(parts["compute_input"]["ns"]),
         infer_ns=int(parts["compute_infer"]["ns"]),
         output_ns=int(parts["compute_output"]["ns"]),
     )
-
-
-# --- processes -----------------------------------------------------------------------------------
-
-
-def role(title: str) -> str | None:
-    """Who a process is, from Serve's title for it: ray::ServeReplica:<app>:<deployment>."""
-    _, found, rest = title.partition("ServeReplica:")
-    if not found:
-        return None
-    for name in ("Router", "Controller"):
-        if name in rest:
-            return name
-    return "model replica"
-
-
-def tree(server: Server) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(server.process.pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
-
-
-def memory(server: Server) -> list[Memory]:
-    """One entry per process whose role is known."""
-    found = []
-    for process in tree(server):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            title = " ".join(process.cmdline())
-            if (name := role(title)) is not None:
-                full = process.memory_full_info()
-                sizes = (full.rss / MIB, full.pss / MIB)
-                found.append(Memory(name, process.pid, title.strip(), *sizes))
-    return sorted(found, key=lambda one: (one.role, one.pid))
-
-
-def cpu_seconds(server: Server) -> float:
-    """CPU time of all its processes so far."""
-    total = 0.0
-    for process in tree(server):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total

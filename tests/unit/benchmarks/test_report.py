@@ -1,98 +1,87 @@
-"""The report: ratios by round, batches and times from counters, tables that hold them."""
+"""The page: tables that hold the figures of the store, targets with their verdicts, plots."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import report, servers
-from benchmarks.report import Mode, Run
-from benchmarks.servers import Memory, Statistics
+from benchmarks import plots, report
+from benchmarks.store import Store
 
+from .runs import SETTINGS, TINY, filled, run
 
-def run(server: str, connections: int, number: int, throughput: float) -> Run:
-    counters = None
-    if server == "manta":
-        counters = Statistics(160, 10, 160, 160 * 3000, 160 * 1000, 160 * 20000, 160 * 2000)
-    return Run(
-        mode="direct",
-        server=server,
-        connections=connections,
-        round=number,
-        requests=100,
-        failed=0,
-        throughput=throughput,
-        mean_us=100.0,
-        p50_us=90.0,
-        p99_us=200.0,
-        own_cores=1.0,
-        other_cores=0.1,
-        counters=counters,
-    )
+FACTS = {"machine": {"cpu": "x", "cores": "2"}, "settings": {"rounds": 3}}
+COUNTERS = {
+    "inference_count": 160,
+    "execution_count": 10,
+    "success": 10,
+    "queue_ns": 30_000,
+    "input_ns": 10_000,
+    "infer_ns": 200_000,
+    "output_ns": 20_000,
+}
 
 
 @pytest.fixture
-def mode() -> Mode:
-    runs = []
-    for connections in (64, 1):
-        for number, base, ours in ((1, 100, 120), (2, 200, 300), (3, 100, 90)):
-            runs.append(run("baseline", connections, number, base))
-            runs.append(run("manta", connections, number, ours))
-    memory = (Memory("Router", 7, "ray::ServeReplica:manta:Router", 120.0, 80.0),)
-    return Mode("direct", tuple(runs), memory, {"baseline": 0.0, "manta-direct": 1e-7}, 0)
+def store(tmp_path: Path) -> Store:
+    return filled(tmp_path)
 
 
-def test_ratios_are_paired_by_round(mode: Mode):
-    assert report.ratios(mode, 64) == [1.2, 1.5, 0.9]
+def test_a_row_holds_medians_ranges_and_paired_ratios(store: Store):
+    row = report.row(store, TINY, "manta-serve")
+    assert row is not None
+    assert row[:5] == [
+        "manta-serve",
+        "64",
+        "160 (150 to 400)",
+        "1.60 (1.50 to 2.00)",
+        "0.16 (0.15 to 0.40)",
+    ]
+    assert row[8] == "router 100, replica 50, (client 25)"
+    assert report.row(store, TINY, "kserve") is None
 
 
-def test_mean_batch_is_rows_per_execution(mode: Mode):
-    assert report.mean_batch(mode.select("manta", 64)) == 16
-    assert report.mean_batch(mode.select("baseline", 64)) is None
+def test_mean_batch_is_rows_per_execution():
+    counted = replace(run("manta-serve", 1, 100), counters=COUNTERS)
+    assert report.mean_batch([counted, counted, run("fastapi", 1, 1)]) == 16
+    assert report.mean_batch([run("fastapi", 1, 1)]) is None
 
 
-def test_breakdown_adds_up_to_the_mean(mode: Mode):
-    parts = report.breakdown(mode.select("manta", 1), direct_us=5.0)
-    assert parts is not None
-    assert parts["compute infer"] == 20 and parts["queue"] == 3
-    names = ("queue", "compute input", "compute infer", "compute output", "the rest")
-    assert sum(parts[name] for name in names) == pytest.approx(parts["mean latency"]) == 100
-    assert report.breakdown(mode.select("baseline", 1), direct_us=5.0) is None
+def test_where_one_request_goes_adds_up():
+    counted = replace(run("manta-serve", 1, 100), counters=COUNTERS)
+    parts = report.breakdown([counted])
+    assert parts == ["100", "3", "1", "20", "2", "74"]
+    assert report.breakdown([run("fastapi", 1, 100)]) is None
 
 
-def test_statistics_since():
-    before, after = Statistics(1, 1, 1, 1, 1, 1, 1), Statistics(8, 7, 6, 5, 4, 3, 2)
-    assert after.since(before) == Statistics(7, 6, 5, 4, 3, 2, 1)
-
-
-def test_page_and_json_hold_the_figures(mode: Mode):
-    result = {
-        "machine": report.machine(),
-        "settings": {"rounds": 3},
-        "baseline_executors": {"loop": 100.0},
-        "baseline_executor": "loop",
-        "direct_call_us": 5.0,
-    }
-    page = report.markdown(result, [mode])
+def test_the_page(store: Store):
+    store.problem("installation", "bentoml", "no such | version")
+    store.memory("tiny", "manta-serve", [{"role": "router", "rss_mib": 12.0, "pss_mib": 8.0}] * 2)
+    doubtful = replace(run("manta-serve", 4, 100), counted=0.5)
+    store.add(doubtful)
+    page = report.markdown(store, FACTS)
+    assert "| tiny, 64, http | fastapi | serve | >= 1.6 | 1.60 (1.50 to 2.00) | met |" in page
     assert (
-        "| manta, batching: direct | 64 | 120 (90 to 300) | 1.20 x (0.90 to 1.50) | 16.0 |" in page
+        "| tiny, 64, http | fastapi | direct | >= 3 | 2.95 (2.90 to 3.10) | **not met** |" in page
     )
-    assert "| Router | 120 | 80 |" in page
-    assert "over that of the baseline alone: 1.20 x." in page
-    collected = json.loads(json.dumps(report.collect(result, [mode])))
-    assert collected["modes"][0]["summary"]["64"]["ratio"] == 1.2
+    assert "| tiny, 64, http | torchserve | serve | >= 1.1 | - | not measured |" in page
+    assert "| bentoml | installation | no such / version |" in page
+    assert "its statistics show 50% of the requests" in page
+    assert "| tiny/manta-serve | router | 2 | 24 | 16 |" in page
+    assert "| tiny | - | 1,000 (1,000 to 1,000) |" in page
 
 
-@pytest.mark.parametrize(
-    ("title", "expected"),
-    [
-        ("ray::ServeReplica:manta:Router", "Router"),
-        ("ray::ServeReplica:manta:Controller.poll", "Controller"),
-        ("ray::ServeReplica:manta.mlp.1.3:group_0", "model replica"),
-        ("ray::ServeController.listen_for_change", None),
-        ("/bin/raylet", None),
-    ],
-)
-def test_role(title: str, expected: str | None):
-    assert servers.role(title) == expected
+def test_an_empty_store_makes_a_page_too(tmp_path: Path):
+    page = report.markdown(Store(tmp_path / "bench.json", SETTINGS), FACTS)
+    assert "0 met, 0 not met" in page
+
+
+def test_plots(store: Store, tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
+    assert plots.draw(store, tmp_path) == []  # one number of connections makes no line
+    store.add(run("fastapi", 1, 50, replace(TINY, connections=8)))
+    (file,) = plots.draw(store, tmp_path)
+    assert file.name == "tiny-http-1000us-h2load.png"
+    assert file.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,61 @@
+"""The command line: subsets, modes, what a figure depends on."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import bench
+from benchmarks.models import MODELS
+from benchmarks.peers import PEERS
+from benchmarks.targets import DELAY_US
+
+
+def test_defaults():
+    options = bench.parse([])
+    assert options.models == list(MODELS) and options.peers == []
+    assert options.manta == [("serve", 1, ""), ("direct", 1, "")]
+    assert options.rounds >= 3
+
+
+def test_subsets():
+    options = bench.parse(
+        ["--peers=triton,kserve", "--models=tiny", "--connections=64", "--protocols=grpc"]
+        + ["--manta=direct:2,serve+bf16", "--manta-args=--id=x --max-queue-requests=9"]
+    )
+    assert options.peers == ["triton", "kserve"] and options.models == ["tiny"]
+    assert options.connections == [64] and options.protocols == ["grpc"]
+    assert options.manta == [("direct", 2, ""), ("serve", 1, "bf16")]
+    assert options.manta_args == ["--id=x", "--max-queue-requests=9"]
+
+
+def test_all_peers_and_none():
+    assert bench.parse(["--peers=1"]).peers == list(PEERS)
+    assert bench.parse(["--peers=0"]).peers == []
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--peers=nobody", "--models=big", "--manta=fast", "--manta=direct:0", "--rounds=0"]
+    + ["--seconds=0", "--connections=0", "--manta=serve+int4"],
+)
+def test_what_there_is_not(argument: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        bench.parse([argument])
+    assert "error" in capsys.readouterr().err
+
+
+def test_one_connection_also_without_delay_where_a_call_is_short():
+    options = bench.parse([])
+    assert bench.stages_of(options, MODELS["tiny"]) == [(DELAY_US, [1, 8, 32, 64]), (0, [1])]
+    assert bench.stages_of(options, MODELS["resnet18"]) == [(DELAY_US, [8, 32])]
+    assert bench.stages_of(options, MODELS["large4"]) == [(0, [8])]
+    chosen = bench.parse(["--delays=0,50", "--connections=2"])
+    assert bench.stages_of(chosen, MODELS["tiny"]) == [(0, [2]), (50, [2])]
+
+
+def test_a_figure_depends_on_the_load_and_on_our_code():
+    settings = bench.settings_of(bench.parse([]))
+    assert settings == bench.settings_of(bench.parse(["--rounds=5", "--models=tiny"]))
+    for argument in ("--seconds=2", "--manta-args=--id=x", "--idle=run"):
+        assert settings != bench.settings_of(bench.parse([argument]))
+    assert bench.settings_of(bench.parse(["--keep"]))["code"] == "any" != settings["code"]
