@@ -128,7 +128,12 @@ class Gate:
         if self._policy.preserve_ordering:
             self._ordered.append(entry)
         self._scheduler.add(entry)
-        self._pump(now_ns)
+        try:
+            self._pump(now_ns)
+        except BaseException:
+            entry.left = True  # its waiter hears of it now, and may soon wait for something else
+            self._scheduler.withdraw(entry)
+            raise
         return entry
 
     def withdraw(self, entry: Entry) -> None:
@@ -167,6 +172,8 @@ class Gate:
         for entry in self._scheduler.clear():
             entry.owner = successor
             successor._scheduler.add(entry)
+        successor._ordered += [entry for entry in self._ordered if entry.owner is successor]
+        self._ordered = deque(entry for entry in self._ordered if entry.owner is self)
         self._rest()
         successor.pump()
 
@@ -389,7 +396,7 @@ class Gate:
 
     def _pump_once(self) -> None:
         self._pumping = False
-        self._pump(self._clock())
+        self.pump()
 
     def _rest(self) -> None:
         if not self.pending and not self._in_flight:

@@ -30,6 +30,8 @@ PATIENCE = 5
 class Channel(Protocol):
     """One connection to one instance on this node, with its own idea of what it may be sent."""
 
+    outstanding: int
+
     @property
     def open(self) -> bool: ...
 
@@ -127,7 +129,8 @@ class LocalPlace(Place):
         self._channel.want()
 
     def spare(self) -> None:
-        self._channel.spare()
+        if self.running <= self._channel.outstanding:  # else the grant's batch is on its way
+            self._channel.spare()
 
 
 class _Seat:

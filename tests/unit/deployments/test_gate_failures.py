@@ -213,3 +213,40 @@ async def test_drain_ends_when_the_last_one_leaves(clock):
     future.cancel()
     await settle()
     assert drained.done()
+
+
+@drive
+async def test_a_request_that_is_refused_by_accident_is_not_answered_later(clock):
+    """Its waiter may be a connection that has another request by then."""
+    gate, model, counters = make(clock, slots=0)
+    heard = []
+    waiter = SimpleNamespace(deliver=heard.append)
+    broken = gate.slots.idle
+    gate.slots.idle = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        gate.enqueue(waiter, 1, "k", (0,), ("y",))
+    gate.slots.idle = broken
+    assert gate.pending == 0
+    kept = gate.enqueue(waiter, 1, "k", (1,), ("y",))
+    gate.resize(1)
+    await settle()
+    assert model.calls == [[1]]
+    model.finish()
+    await settle()
+    assert len(heard) == 1 and kept.answer is not None
+
+
+@drive
+async def test_a_withdrawn_request_is_not_run_and_hears_nothing(clock):
+    gate, model, counters = make(clock, slots=0)
+    heard = []
+    waiter = SimpleNamespace(deliver=heard.append)
+    gone, stays = [gate.enqueue(waiter, 1, "k", (n,), ("y",)) for n in range(2)]
+    gate.withdraw(gone)
+    gate.resize(1)
+    await settle()
+    gate.withdraw(stays)  # it runs already: only its answer is dropped
+    model.finish()
+    await settle()
+    assert model.calls == [[1]] and heard == []
+    assert dict(counters.totals().failures) == {"CANCELED": 2}

@@ -21,7 +21,7 @@ class Channel:
     def __init__(self, changed):
         self._changed = changed
         self.open = self.idle = self.ahead = True
-        self.wanted = self.spared = 0
+        self.wanted = self.spared = self.outstanding = 0
         self.closed = False
         self.replies = []
 
@@ -163,6 +163,10 @@ async def test_a_channel_says_itself_whether_it_takes_a_batch(places, reach, cal
     places.want()
     places.spare()
     assert (channel.wanted, channel.spared) == (1, 1)
+    place.running += 1  # on its way, by the grant that would be given back
+    places.spare()
+    assert channel.spared == 1
+    place.running -= 1
     before = len(calls)
     channel.say(idle=True)
     assert len(calls) == before + 1 and places.idle() is place
