@@ -82,7 +82,6 @@ def test_haproxy_is_of_the_version_that_its_configuration_is_written_for() -> No
 
 def test_the_fork_server_finds_where_ray_draws_ids_at_import() -> None:
     import ray.actor
-
     from ray.runtime_env import RuntimeEnv
 
     assert "ActorClassID.from_random()" in inspect.getsource(ray.actor)
