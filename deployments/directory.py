@@ -44,13 +44,18 @@ class Gate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One READY version and the way into it. `plans` is what lanes have learned of its requests."""
+    """One READY version and the way into it.
+
+    The plans are what each protocol's lane has learned of its requests: a description of one is
+    none of the other's, even if it is the same bytes.
+    """
 
     snapshot: VersionSnapshot
     config: ModelConfig
     gate: Gate
     contract: Contract
-    plans: PlanCache = field(default_factory=PlanCache)
+    http_plans: PlanCache = field(default_factory=PlanCache)
+    grpc_plans: PlanCache = field(default_factory=PlanCache)
 
 
 class Directory:

@@ -85,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reading = False  # the parser is between the ends of a request
         self._open = False  # a call is not answered
+        self._last = False  # close after this call
         self._parser: Any = None
         self._begin()
         self._forget()
@@ -193,7 +194,7 @@ class Connection(asyncio.Protocol):
             self._fail(InvalidArgument(f"no byte of the call's message came for {limit_s:g} s"))
 
     def on_message_begin(self) -> None:
-        if self._open:
+        if self._open or self._last:
             self._transport.abort()
         self._begin()
         self._open = True
@@ -262,7 +263,7 @@ class Connection(asyncio.Protocol):
             self._submit_new(data[at:end], None)
             return
         served = self._lane.inference.find(parts.model, parts.version)
-        plan = served.plans.find(parts.key)
+        plan = served.grpc_plans.find(parts.key)
         inputs = None if plan is None else plan.from_parts(parts.raw)
         if plan is None or inputs is None:
             self._submit_new(data[at:end], parts)
@@ -285,11 +286,13 @@ class Connection(asyncio.Protocol):
             self._entry = served.gate.enqueue(self, work.rows, work.key, work.inputs, work.outputs)
         except MantaError as error:
             raise told(request.id, error) from error
-        if parts is not None and parts.raw and served.plans.seen(parts.key):
-            served.plans.learn(parts.key, plan_of(served.config, request, work))
+        if parts is not None and parts.raw and served.grpc_plans.seen(parts.key):
+            served.grpc_plans.learn(parts.key, plan_of(served.config, request, work))
 
     def deliver(self, result: MemberResult | MantaError) -> None:
         """The gate's answer, written in the same tick."""
+        if not self._open:
+            return
         try:
             if isinstance(result, MantaError):
                 raise told(self._id.decode(), result)
@@ -354,9 +357,11 @@ class Connection(asyncio.Protocol):
             code, text = _UNKNOWN, f"Unexpected {type(error)}: {error}"
         else:
             logger.error("ModelInfer failed unexpectedly", exc_info=error)
-            self._fail(Internal("internal error"))
-            return
-        self._write(grpc_wire.refusal(code, text))
+            # The call may still be known to the gate, and HAProxy's next one is another client's.
+            self._last = True
+            status, text = grpc.status(Internal("internal error"))
+            code = status.value[0]
+        self._write(grpc_wire.refusal(code, text, self._last))
 
     def _write(self, reply: bytes) -> None:
         if not self._open:
@@ -374,6 +379,8 @@ class Connection(asyncio.Protocol):
         """Answered, and read to its end."""
         self._stop_timers()
         self._forget()
+        if self._last:
+            self.close()
 
     def _stop_timers(self) -> None:
         for timer in (self._deadline, self._late):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .grpc_stubs import service_pb2 as pb
+from .plans import MAX_KEY_BYTES
 from .types import InferResponse
 
 MAX_METADATA_BYTES = 16384  # grpc's own limit
@@ -133,8 +134,8 @@ def inflate(data: bytes | memoryview, encoding: bytes, limit: int) -> bytes:
 
 
 class Parts(NamedTuple):
-    """A ModelInferRequest, unparsed. `key` is all of it but its id and its raw contents, behind a
-    byte that no other protocol's key starts with; `raw` are those contents."""
+    """A ModelInferRequest, unparsed. `key` is all of it but its id and its raw contents; `raw` are
+    those contents."""
 
     model: str
     version: str
@@ -144,9 +145,10 @@ class Parts(NamedTuple):
 
 
 def scan(data: Any, at: int, end: int) -> Parts | None:
-    """Of bytes or a view; None for what has to be parsed to be understood, or to be refused."""
+    """Of bytes or a view; None for what has to be parsed to be understood, or to be refused, or has
+    a description of such a length that nobody remembers it."""
     model = version = call = b""
-    key: list[bytes] = [b"\0"]
+    key: list[bytes] = []
     raw: list[bytes] = []
     seen: set[int] = set()
     kept = at  # what starts here and belongs to the key is not in it yet
@@ -157,6 +159,8 @@ def scan(data: Any, at: int, end: int) -> Parts | None:
                 size, start = _varint(data, at + 1)
             stop = start + size
             if tag == _RAW or tag == _ID:
+                if at - kept > MAX_KEY_BYTES:
+                    return None
                 key.append(data[kept:at])
                 kept = stop
                 if tag == _RAW:
@@ -174,7 +178,7 @@ def scan(data: Any, at: int, end: int) -> Parts | None:
                     return None
                 seen.add(tag)
             at = stop
-        if at != end:
+        if at != end or at - kept > MAX_KEY_BYTES:
             return None
         key.append(data[kept:at])
         str(call, "utf-8")
@@ -249,10 +253,13 @@ def _framed(size: int) -> bytes:
     return b"%b%x\r\n\0%b" % (_CHUNKED, size + PREFIX_BYTES, size.to_bytes(4, "big"))
 
 
-def refusal(code: int, text: str) -> bytes:
-    """The bytes of an answer without a message: status and details stand in its head."""
-    return b"%bgrpc-status: %d\r\ngrpc-message: %b\r\ncontent-length: 0\r\n\r\n" % (
-        *(_START, code, _percent_encoded(text)),
+def refusal(code: int, text: str, last: bool = False) -> bytes:
+    """The bytes of an answer without a message: status and details stand in its head.
+
+    `last`: it is the last on its connection.
+    """
+    return b"%bgrpc-status: %d\r\ngrpc-message: %b\r\ncontent-length: 0\r\n%b\r\n" % (
+        *(_START, code, _percent_encoded(text), b"connection: close\r\n" if last else b""),
     )
 
 

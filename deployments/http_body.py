@@ -21,6 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Headers = Mapping[bytes, bytes]
 
 MAX_CHUNKS = 65536
+MAX_PIECES = 1024
 # Most answers come sooner; only for the others is it worth a task to learn that nobody waits.
 WATCH_AFTER_S = 0.05
 
@@ -41,7 +42,7 @@ async def read_within(headers: Headers, receive: Receive, limit: int, timeout_s:
     """The whole body. Raises BodyRefused over a limit, ClientGone when the client leaves."""
     try:
         check_headers(headers, limit)
-        return await read_body(receive, limit, timeout_s)
+        return await read_body(receive, limit, timeout_s, b"content-length" not in headers)
     except MantaError as error:
         raise BodyRefused(error) from None
 
@@ -82,26 +83,48 @@ def too_large(size: int, limit: int) -> InvalidArgument:
     )
 
 
-async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
+class Pieces:
+    """A body as it comes. Small pieces are joined as they become many, and once more in the end:
+    each would be an object with a size of its own."""
+
+    __slots__ = ("_joined", "_last")
+
+    def __init__(self, first: bytes) -> None:
+        self._joined: list[bytes] = []
+        self._last = [first]
+
+    def add(self, piece: bytes) -> None:
+        self._last.append(piece)
+        if len(self._last) >= MAX_PIECES:
+            self._joined.append(b"".join(self._last))
+            self._last = []
+
+    def whole(self) -> bytes:
+        return b"".join([*self._joined, *self._last])
+
+
+async def read_body(receive: Receive, limit: int, timeout_s: float, in_chunks: bool) -> bytes:
+    """`in_chunks`: the client has cut it so. Otherwise what comes at a time is the network's."""
     message = await _in_time(receive, timeout_s)
     body: bytes = message.get("body", b"")
     if message["type"] == "http.request" and not message.get("more_body"):
         if len(body) > limit:
             raise too_large(len(body), limit)
         return body
-    chunks, total = [body], len(body)
+    pieces, count, total = Pieces(body), 1, len(body)
     while True:
         if message["type"] == "http.disconnect":
             raise ClientGone
         if total > limit:
             raise too_large(total, limit)
-        if len(chunks) > MAX_CHUNKS:
+        if in_chunks and count > MAX_CHUNKS:
             raise too_many_chunks()
         if not message.get("more_body"):
-            return b"".join(chunks)
+            return pieces.whole()
         message = await _in_time(receive, timeout_s)
-        chunks.append(message.get("body", b""))
-        total += len(chunks[-1])
+        body = message.get("body", b"")
+        pieces.add(body)
+        count, total = count + 1, total + len(body)
 
 
 async def _in_time(receive: Receive, limit_s: float) -> Message:

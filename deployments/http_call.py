@@ -23,7 +23,7 @@ from .gate import Waiter
 from .http_head import Head
 from .http_replies import CLOSE, Field
 from .inference import told
-from .plans import Plan, plan_of
+from .plans import MAX_KEY_BYTES, Plan, plan_of
 from .scheduler import Entry
 from .types import Array, InferRequest, InferResponse
 
@@ -118,8 +118,10 @@ def read_call(
 ) -> Call:
     """The call whose body is `data` from `start` on. Raises what is wrong with it."""
     json_bytes = head.json_bytes
-    if json_bytes:
-        plan = served.plans.find(data[start : start + json_bytes])
+    text = b""  # a description that may have a plan
+    if json_bytes and json_bytes <= MAX_KEY_BYTES:
+        text = data[start : start + json_bytes]
+        plan = served.http_plans.find(text)
         if plan is not None and plan.data_bytes == head.body_bytes - json_bytes:
             return Call(served, plan.request, plan, plan.from_body(data, start + json_bytes))
     body = data[start : start + head.body_bytes]
@@ -128,19 +130,19 @@ def read_call(
         work = served.contract.admit(request)
     except MantaError as error:
         raise told(request.id, error) from error
-    if json_bytes and http_infer.all_binary(request):
-        _learn(served, request, work, body[:json_bytes], len(body) - json_bytes)
+    if text and http_infer.all_binary(request):
+        _learn(served, request, work, text, len(body) - len(text))
     return Call(served, request, work, work.inputs)
 
 
 def _learn(served: Served, request: InferRequest, work: Work, text: bytes, data_bytes: int) -> None:
-    if not served.plans.seen(text):
+    if not served.http_plans.seen(text):
         return
     plan = plan_of(served.config, request, work)
     # More than came as bytes: an input was JSON data, which is no part of a plan.
     if plan is not None and plan.data_bytes != data_bytes:
         plan = None
-    served.plans.learn(text, plan)
+    served.http_plans.learn(text, plan)
 
 
 # --- HTTP/1.1 ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from . import http_body, http_call
 from .batcher import MemberResult
 from .directory import Served
 from .errors import MantaError
-from .http_body import BodyRefused
+from .http_body import BodyRefused, Pieces
 from .http_call import Answer, Call, Ending
 from .http_head import NOT_OURS, Head, Heads
 from .http_limits import LimitedProtocol
@@ -63,7 +63,7 @@ class LaneProtocol(LimitedProtocol):
         self._call: Call | None = None
         self._entry: Entry | None = None
         self._last = False  # uvicorn shuts down: close after this answer
-        self._pieces: list[bytes] = []
+        self._pieces: Pieces | None = None
         self._missing = 0
         self._held = b""
         self._read_s = 0.0
@@ -154,18 +154,18 @@ class LaneProtocol(LimitedProtocol):
 
     def _await_body(self, first: bytes, missing: int) -> None:
         self._state = _BODY
-        self._pieces, self._missing = [first], missing
+        self._pieces, self._missing = Pieces(first), missing
         self._read_s = self.loop.time()
         self._body_timer = self.loop.call_later(self.read_timeout_s, self._body_late)
 
     def _more(self, data: bytes) -> None:
+        pieces = self._pieces
+        assert pieces is not None
         missing = self._missing - len(data)
-        self._pieces.append(data if missing >= 0 else data[: self._missing])
+        pieces.add(data if missing >= 0 else data[: self._missing])
         self._missing, self._read_s = missing, self.loop.time()
-        if len(self._pieces) > http_body.MAX_CHUNKS:
-            self._refuse(http_body.too_many_chunks())
-        elif missing <= 0:
-            body = b"".join(self._pieces)
+        if missing <= 0:
+            body = pieces.whole()
             self._body_over()
             try:
                 served = self.lane.find(self._head)
@@ -187,7 +187,7 @@ class LaneProtocol(LimitedProtocol):
         self._fail(BodyRefused(error))
 
     def _body_over(self) -> None:
-        self._pieces = []
+        self._pieces = None
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
@@ -232,6 +232,7 @@ class LaneProtocol(LimitedProtocol):
         if last:
             self._state = _GONE
             self.transport.close()
+            self._watch_flush()
             return
         self._idle_s = self.loop.time()
         if self._idle_timer is None:

@@ -1,6 +1,8 @@
 """uvicorn's own HTTP protocol with a cap and a deadline on what comes before a body.
 
-Owns the limits on headers, which uvicorn does not have. Called by the listener, for every port.
+Owns the limits on headers, and the end of clients that neither send nor read: uvicorn has none of
+them, and a connection without a timer is a file descriptor for ever. Called by the listener, for
+every port.
 """
 
 from __future__ import annotations
@@ -26,26 +28,51 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._header_bytes = 0
         self._in_headers = True
         self._header_timer: asyncio.TimerHandle | None = None
+        self._between = True  # the parser is at the end of a message, or before the first
+        self._fresh_bytes = 0  # of this read, if the message that begins next begins with it
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_over()
+        self._flush_over()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
             self._header_bytes += len(data)
+        self._fresh_bytes = len(data) if self._between else 0
         super().data_received(data)
         if self._in_headers and self._header_bytes > self.max_header_bytes:
             self._headers_over()
             if not self.transport.is_closing():
                 self.transport.write(_TOO_LARGE)
                 self.transport.close()
+        if self.transport.is_closing():
+            self._watch_flush()
+        elif self.timeout_keep_alive_task is None and self._header_timer is None:
+            self._watch_idle()
+
+    def _watch_idle(self) -> None:
+        """uvicorn has stopped its timer for what is no request: line feeds between two, or the
+        body of one that is answered."""
+        if self.cycle is None or self.cycle.response_complete:
+            wait_s = self.timeout_keep_alive if self._between else self.read_timeout_s
+            self.timeout_keep_alive_task = self.loop.call_later(
+                wait_s, self.timeout_keep_alive_handler
+            )
 
     def on_message_begin(self) -> None:
         if not self._in_headers:
             self._expect_headers()
+            self._header_bytes = self._fresh_bytes
+        self._between, self._fresh_bytes = False, 0
         super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._between = True
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         self._headers_over()
@@ -53,13 +80,60 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
 
     def _expect_headers(self) -> None:
         self._in_headers, self._header_bytes = True, 0
-        self._header_timer = self.loop.call_later(self.read_timeout_s, self.transport.close)
+        self._header_timer = self.loop.call_later(self.read_timeout_s, self._end)
 
     def _headers_over(self) -> None:
         self._in_headers = False
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    # --- clients that do not read ----------------------------------------------------------------
+
+    def _end(self) -> None:
+        self.transport.close()
+        self._watch_flush()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_flush()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch_flush()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_flush()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_flush()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._flush_over()
+
+    def _watch_flush(self) -> None:
+        """From when nothing more is written until what was written has left."""
+        stopped = self.flow.write_paused or self.transport.is_closing()
+        if stopped and self._flush_timer is None:
+            self._unsent = self.transport.get_write_buffer_size()
+            if self._unsent:
+                self._flush_timer = self.loop.call_later(self.timeout_keep_alive, self._look)
+
+    def _look(self) -> None:
+        self._flush_timer = None
+        if self.transport.get_write_buffer_size() >= self._unsent:
+            self.transport.abort()  # to close would wait for the client
+        else:
+            self._watch_flush()
+
+    def _flush_over(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
 
 
 def limited_protocol(max_header_bytes: int, read_timeout_s: float) -> type[LimitedProtocol]:

@@ -136,11 +136,10 @@ def plan_of(config: ModelConfig, request: InferRequest, work: Work) -> Plan | No
 
 
 class PlanCache:
-    """The plans of one model version, by the exact bytes of the description.
+    """The plans of one model version in one protocol, by the exact bytes of the description.
 
     A description gets its plan when it comes a second time, so that one which never comes again
-    (it holds an id of its own, say) costs no more than its lookup. Keys of different protocols
-    must differ in their first byte.
+    (it holds an id of its own, say) costs no more than its lookup. Long ones cost not even that.
     """
 
     __slots__ = ("_known",)
@@ -153,6 +152,8 @@ class PlanCache:
         return len(self._known)
 
     def find(self, key: bytes) -> Plan | None:
+        if len(key) > MAX_KEY_BYTES:
+            return None
         known = self._known.get(key)
         return known if type(known) is Plan else None
 

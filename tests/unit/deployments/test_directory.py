@@ -90,17 +90,20 @@ def test_an_update_replaces_everything(server):
 
 def test_what_lanes_have_learned_stays_while_the_application_stays(server):
     served = server.directory.find(LINEAR, "2")
-    served.plans.seen(b"{}")
+    served.http_plans.seen(b"{}")
     server.versions[0] = server.version(LINEAR, 2)
     server.publish(ready=False)
     again = server.directory.find(LINEAR, "2")
-    assert again is not served and again.plans is served.plans
+    assert again is not served and again.http_plans is served.http_plans
+    assert again.grpc_plans is served.grpc_plans is not served.http_plans
     assert again.contract is served.contract
-    assert server.directory.find(LINEAR, "10").plans is not served.plans
+    assert server.directory.find(LINEAR, "10").http_plans is not served.http_plans
 
 
 def test_another_application_starts_with_nothing_learned(server):
-    plans = server.directory.find(LINEAR, "2").plans
+    before = server.directory.find(LINEAR, "2")
     server.gates[LINEAR] = Server().gates[LINEAR]
     server.publish()
-    assert server.directory.find(LINEAR, "2").plans is not plans
+    after = server.directory.find(LINEAR, "2")
+    assert after.http_plans is not before.http_plans
+    assert after.grpc_plans is not before.grpc_plans

@@ -219,7 +219,7 @@ async def test_drain_ends_when_the_last_one_leaves(clock):
 async def test_a_request_that_is_refused_by_accident_is_not_answered_later(clock):
     """Its waiter may be a connection that has another request by then."""
     gate, model, counters = make(clock, slots=0)
-    heard = []
+    heard: list[object] = []
     waiter = SimpleNamespace(deliver=heard.append)
     broken = gate.slots.idle
     gate.slots.idle = lambda: 1 / 0
@@ -239,7 +239,7 @@ async def test_a_request_that_is_refused_by_accident_is_not_answered_later(clock
 @drive
 async def test_a_withdrawn_request_is_not_run_and_hears_nothing(clock):
     gate, model, counters = make(clock, slots=0)
-    heard = []
+    heard: list[object] = []
     waiter = SimpleNamespace(deliver=heard.append)
     gone, stays = [gate.enqueue(waiter, 1, "k", (n,), ("y",)) for n in range(2)]
     gate.withdraw(gone)

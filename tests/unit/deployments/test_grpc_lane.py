@@ -87,7 +87,7 @@ def test_good_answers_are_the_same_to_the_byte():
         for name, message in GOOD.items():
             answer = await server.same(message.SerializeToString(), times=4)
             assert answer[0] == "OK", (name, answer)
-        plans = server.inference.find("linear", "").plans
+        plans = server.inference.find("linear", "").grpc_plans
         assert len(plans)
         answer = pb.ModelInferResponse.FromString(
             (await server.same(GOOD["plain"].SerializeToString()))[2]
@@ -111,7 +111,7 @@ def test_a_plan_takes_calls_that_differ_in_their_ids_and_bytes():
                 f"call {number}",
                 linear(row)[0].tobytes(),
             )
-        assert len(server.inference.find("linear", "").plans) == 1
+        assert len(server.inference.find("linear", "").grpc_plans) == 1
 
     run(use)
 

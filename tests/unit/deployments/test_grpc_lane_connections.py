@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from deployments import grpc_wire
 from deployments.grpc_lane import PATH, Lane
 from deployments.grpc_stubs import service_pb2 as pb
 
-from .lanes import LaneServer
+from . import lanes
+from .lanes import LINEAR, LaneServer, planned
 from .serving import linear
 from .test_grpc import RAW, X, entry, good, request
 
@@ -297,5 +299,76 @@ def test_a_message_in_no_order_is_one_all_the_same():
         client = await connect()
         for _ in range(4):
             assert (await client.ask(call(framed(raw))))[0] == 0
+
+    run(use)
+
+
+# --- what one call may do to others ----------------------------------------
+
+
+def test_what_http_calls_json_is_no_description_of_grpcs():
+    async def use(server, lane, connect):
+        parts = grpc_wire.scan(MESSAGE, 0, len(MESSAGE))
+        assert parts is not None
+        client = await connect()
+        async with server:
+            http = await server.connect()
+            for _ in range(3):
+                await client.good()
+                for key in (parts.key, b"\0" + parts.key):
+                    size = {"inference_header_content_length": len(key)}
+                    head, _ = await http.ask(lanes.request(key + RAW, LINEAR, **size))
+                    assert head.startswith(b"HTTP/1.1 500")  # it is no JSON
+            await client.good()
+            await (await connect()).good()
+
+    run(use)
+
+
+def test_grpc_is_not_answered_from_https_plans():
+    async def use(server, lane, connect):
+        parts = grpc_wire.scan(MESSAGE, 0, len(MESSAGE))
+        assert parts is not None
+        served = server.directory.find("linear", "")
+        async with server:
+            http = await server.connect()
+            text = planned(RAW).partition(b"\r\n\r\n")[2].removesuffix(RAW)
+            for _ in range(3):
+                assert (await http.ask(planned(RAW)))[0].startswith(b"HTTP/1.1 200")
+            plan = served.http_plans.find(text)
+            assert plan is not None and plan.heads
+            assert len(served.grpc_plans) == 0
+            served.http_plans.learn(parts.key, plan)
+            for _ in range(3):
+                await (await connect()).good()
+            assert served.grpc_plans.find(parts.key) is not plan
+            assert served.grpc_plans.find(text) is None
+
+    run(use)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_an_unexpected_error_ends_the_connection(in_pieces):
+    """The gate may still know the call, and would answer the next one with its outputs."""
+
+    async def use(server, lane, connect):
+        gate, model = server.gates["linear"], server.models["linear"]
+        enqueue, model.held = gate.enqueue, asyncio.Event()
+
+        def broken(*args):
+            enqueue(*args)
+            raise RuntimeError("after the entry was made")
+
+        client = await connect()
+        gate.enqueue = broken
+        data = call(framed(), end=b"" if in_pieces else b"0\r\n\r\n")
+        assert await client.ask(data) == (13, "internal error", b"")
+        if in_pieces:
+            assert lane.connections  # the rest is read, so that the answer is not lost
+            client.send(b"0\r\n\r\n")
+        assert await client.ended()
+        gate.enqueue = enqueue
+        model.held.set()
+        await (await connect()).good()
 
     run(use)

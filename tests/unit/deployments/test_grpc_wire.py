@@ -14,6 +14,7 @@ from deployments import grpc_wire
 from deployments.grpc import encode
 from deployments.grpc_stubs import service_pb2 as pb
 from deployments.grpc_wire import Head, Refused
+from deployments.plans import MAX_KEY_BYTES
 from deployments.types import InferResponse, Tensor
 
 PATH = "/p"
@@ -44,7 +45,19 @@ def test_a_scan_finds_what_protobuf_finds(request, as_view):
     assert [bytes(raw) for raw in parts.raw] == list(request.raw_input_contents)
     request.ClearField("id")
     request.ClearField("raw_input_contents")
-    assert parts.key == b"\0" + request.SerializeToString()
+    assert parts.key == request.SerializeToString()
+
+
+@pytest.mark.parametrize("raw_last", [True, False])
+def test_a_description_that_is_too_long_to_be_remembered_is_not_put_together(raw_last):
+    for more, known in ((0, True), (1, False)):
+        request = pb.ModelInferRequest(model_name="m", inputs=[INPUT(name="x" * 100)])
+        request.inputs[0].datatype = "x" * (MAX_KEY_BYTES - request.ByteSize() - 4 + more)
+        described, raw = request.SerializeToString(), b"\x3a\x01a"
+        assert len(described) == MAX_KEY_BYTES + more
+        message = described + raw if raw_last else raw + described
+        parts = grpc_wire.scan(message, 0, len(message))
+        assert (parts is not None) == known
 
 
 @settings(max_examples=300)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from configs.dtypes import DATATYPES
 from deployments.errors import Unavailable
 from deployments.http_head import MAX_HEADS, Heads, read_head
-from deployments.plans import Plan
+from deployments.plans import MAX_KEY_BYTES, Plan, PlanCache
 from deployments.tensors import encode_bytes
 
 from .lanes import LINEAR, LaneServer, binary, planned, request, run, tensor
@@ -195,7 +195,7 @@ def test_control_which_requests_take_the_lane():
 
 def plans_of(server, name="linear"):
     """The plans that a model has now."""
-    known = server.directory.find(name, "").plans._known
+    known = server.directory.find(name, "").http_plans._known
     return [each for each in (*known._new.values(), *known._old.values()) if type(each) is Plan]
 
 
@@ -288,7 +288,34 @@ def test_headers_that_always_change_leave_nothing_behind():
             data = binary({"inputs": [tensor()], **ALL, "id": f"{number}"}, ROW, x_trace=number)
             assert b'"id":"%d"' % number in (await client.ask(data))[1]
         assert plans_of(server) == []
-        assert len(server.directory.find("linear", "").plans) <= 256
+        assert len(server.directory.find("linear", "").http_plans) <= 256
+
+    run(use)
+
+
+def test_a_long_description_is_neither_looked_up_nor_learned(monkeypatch):
+    asked = []
+
+    def noting(method):
+        def note(self, key, *more):
+            asked.append(len(key))
+            return method(self, key, *more)
+
+        return note
+
+    for name in ("find", "seen", "learn"):
+        monkeypatch.setattr(PlanCache, name, noting(getattr(PlanCache, name)))
+
+    async def use(server: LaneServer):
+        client = await server.connect()
+        for pad in ("x" * MAX_KEY_BYTES, "x"):
+            for _ in range(3):
+                reply = await client.ask(
+                    planned(ROW, parameters={"binary_data_output": True, pad: 1})
+                )
+                assert reply[0].startswith(b"HTTP/1.1 200")
+            assert bool(asked) == (len(pad) == 1)  # the short one is the control
+        assert max(asked) <= MAX_KEY_BYTES
 
     run(use)
 

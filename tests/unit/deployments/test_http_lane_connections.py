@@ -232,22 +232,37 @@ def test_a_head_that_stops_is_not_waited_for_on_a_kept_connection():
     run(use, http_read_timeout_s=0.05)
 
 
-def test_too_many_pieces(monkeypatch):
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_what_the_network_cuts_are_no_chunks(monkeypatch, in_chunks):
     monkeypatch.setattr(http_body, "MAX_CHUNKS", 5)
+    monkeypatch.setattr(http_body, "MAX_PIECES", 3)
+    more = {"content_length": None, "transfer_encoding": "chunked"} if in_chunks else {}
 
     async def use(server: LaneServer):
-        client = await server.connect()
-        data = request(GOOD)
-        at = data.index(b"\r\n\r\n") + 4
-        client.send(data[:at])
-        for each in range(at, at + 5):
-            await settled()
-            client.send(data[each : each + 1])
-        head, body = await client.reply()
-        assert b"connection: close" in head
-        assert json.loads(body)["error"] == "request body has more than 5 chunks"
+        for road in ("lane", "ordinary"):
+            client = await server.connect(road)
+            client.send(request(GOOD, **more).removesuffix(GOOD))
+            for at in range(0, 48 if in_chunks else len(GOOD), 8):
+                await settled()
+                piece = GOOD[at : at + 8]
+                client.send(b"%x\r\n%b\r\n" % (len(piece), piece) if in_chunks else piece)
+            head, body = await client.reply()
+            assert (b"connection: close" in head) == in_chunks
+            if in_chunks:
+                assert json.loads(body)["error"] == "request body has more than 5 chunks"
+            else:
+                assert head.startswith(b"HTTP/1.1 200"), body
 
     run(use)
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
+def test_pieces_are_whole_and_few(count):
+    pieces = http_body.Pieces(b"%05d" % 0)
+    for number in range(1, count):
+        pieces.add(b"%05d" % number)
+    assert pieces.whole() == b"".join(b"%05d" % number for number in range(count))
+    assert len(pieces._joined) + len(pieces._last) < http_body.MAX_PIECES + 5
 
 
 def test_a_large_body_is_whole():
@@ -406,6 +421,100 @@ def test_control_connections_in_use_are_not_closed(monkeypatch):
         await asyncio.sleep(0.7)
         model.held.set()
         assert number_of(await client.reply()) == "1"
+
+    run(use)
+
+
+@pytest.mark.parametrize("road", ["lane", "ordinary"])
+@pytest.mark.parametrize("sent", [b"\r\n", b"\r"])
+def test_line_feeds_are_no_request(monkeypatch, road, sent):
+    monkeypatch.setattr(listener, "KEEP_ALIVE_S", 0.1)
+
+    async def use(server: LaneServer):
+        client = await server.connect(road)
+        await client.ask(planned(ROW))
+        client.send(sent)
+        assert await client.ended()
+        control = await server.connect(road)
+        for _ in range(3):
+            reply = await control.ask(planned(ROW), b"\r\n")
+            assert reply[0].startswith(b"HTTP/1.1 200")
+
+    run(use)
+
+
+@pytest.mark.parametrize("road", ["lane", "ordinary"])
+def test_a_body_that_nobody_waits_for_may_not_stop(road):
+    async def use(server: LaneServer):
+        client = await server.connect(road)
+        data = request(bytes(1000), path="/v2/models/nobody/infer")
+        head, _, body = data.partition(b"\r\n\r\n")
+        assert (await client.ask(head + b"\r\n\r\n"))[0].startswith(b"HTTP/1.1 404")
+        for _ in range(5):
+            client.send(body[:1])
+            await asyncio.sleep(0.06)
+        assert server.connections(road)  # while it comes
+        assert await client.ended()
+
+    run(use, http_read_timeout_s=0.2)
+
+
+@pytest.mark.parametrize("road", ["lane", "ordinary"])
+def test_headers_of_a_kept_connection_have_the_same_cap(road):
+    async def use(server: LaneServer):
+        for before, cap in ((b"", 1024), (GET, 1024), (planned(ROW), 1024)):
+            for size, fits in ((cap - 4, True), (cap + 1, False)):
+                client = await server.connect(road)
+                if before:
+                    await client.ask(before)
+                client.send(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\ny: ".ljust(500, b"z"))
+                await settled()
+                client.send(b"z" * (size - 500))
+                await settled()
+                client.send(b"" if not fits else b"\r\n\r\n")
+                head, _ = await client.reply()
+                assert head.startswith(b"HTTP/1.1 200" if fits else b"HTTP/1.1 431")
+
+    run(use, http_max_header_bytes=1024)
+
+
+# --- clients that never read ----------------------------------------
+
+
+ROWS = 2**23  # an answer that no socket holds
+HUGE = binary(
+    {"inputs": [tensor("X", "UINT8", (1, 4 * ROWS), 4 * ROWS)], **ALL},
+    bytes(4 * ROWS),
+    path="/v2/models/echo_UINT8/infer",
+)
+
+
+@pytest.mark.parametrize("road", ["lane", "ordinary"])
+@pytest.mark.parametrize("last", [False, True])
+def test_who_never_reads_is_let_go(monkeypatch, road, last):
+    monkeypatch.setattr(listener, "KEEP_ALIVE_S", 0.3)
+    data = HUGE.replace(b"host: x", b"host: x\r\nconnection: close", 1) if last else HUGE
+
+    async def use(server: LaneServer):
+        client = await server.connect(road)
+        client.send(data)
+        await soon(lambda: server.models["echo_UINT8"].ran)
+        await soon(lambda: not server.connections(road))
+
+    run(use)
+
+
+@pytest.mark.parametrize("road", ["lane", "ordinary"])
+def test_control_who_reads_slowly_is_answered(monkeypatch, road):
+    monkeypatch.setattr(listener, "KEEP_ALIVE_S", 0.3)
+
+    async def use(server: LaneServer):
+        client = await server.connect(road)
+        client.send(HUGE)
+        got = 0
+        while got < 4 * ROWS:
+            got += len(await client.reader.readexactly(2**20))
+            await asyncio.sleep(0.03)
 
     run(use)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configs.dtypes import DATATYPES, from_wire
 from deployments.contract import Contract
-from deployments.plans import MAX_HEADS, MAX_KEY_BYTES, Plan, PlanCache, Recent, plan_of
+from deployments.plans import MAX_HEADS, MAX_KEY_BYTES, PlanCache, Recent, plan_of
 from deployments.types import InferRequest, OutputArray, RequestedOutput, Tensor
 
 from .serving import config, tensor
@@ -161,6 +161,9 @@ def test_what_cannot_be_planned_is_not_tried_again():
 def test_long_descriptions_are_not_kept():
     plans, long = PlanCache(), b"x" * (MAX_KEY_BYTES + 1)
     assert [plans.seen(long), plans.seen(long), len(plans)] == [False, False, 0]
+    plans.learn(long, a_plan())
+    assert plans.find(long) is None  # not even looked up
+    plans = PlanCache()
     assert [plans.seen(long[1:]), plans.seen(long[1:]), len(plans)] == [False, True, 1]
 
 
@@ -192,4 +195,8 @@ def test_the_last_half_is_always_there(steps, size):
 
 
 def test_control_a_plan_is_not_a_remembered_sight():
-    assert not isinstance(PlanCache().find(b"x"), Plan)
+    plans = PlanCache()
+    plans.seen(b"x")
+    assert len(plans) == 1 and plans.find(b"x") is None
+    plans.learn(b"x", None)
+    assert plans.find(b"x") is None
