@@ -30,7 +30,8 @@ PATIENCE = 5
 class Channel(Protocol):
     """One connection to one instance on this node, with its own idea of what it may be sent."""
 
-    outstanding: int
+    @property
+    def outstanding(self) -> int: ...
 
     @property
     def open(self) -> bool: ...

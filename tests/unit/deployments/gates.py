@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from deployments.batcher import Execution, MemberResult, Outcome
 from deployments.gate import Gate
@@ -13,6 +14,7 @@ from deployments.statistics import Counters
 from .virtual_time import run
 
 MS = 1_000_000
+NOBODY: Any = None  # these places are only counted: the test's model runs what is started
 
 
 class Model:
@@ -53,7 +55,7 @@ class Slots:
 
     def _places(self):
         while len(self._all) < self.count:
-            self._all.append(Place(None, self._changed))
+            self._all.append(Place(NOBODY, self._changed))
         return self._all[: self.count]
 
     def idle(self):
