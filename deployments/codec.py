@@ -147,8 +147,8 @@ class Codec:
         pieces[0] = struct.pack(f"<{len(numbers)}q", *numbers)
         return Layout(outline.header, pieces, outline.size)
 
-    def read_reply(self, header: bytes, payload: Array) -> BatchReply:
-        """Views of the payload. Raises ChannelError."""
+    def read_reply(self, header: bytes, payload: Array, count: int) -> BatchReply:
+        """Views of the payload; `count` members were sent. Raises ChannelError."""
         plan = self._replies.get(header)
         if plan is None:
             plan = checked(_plan_reply, header)
@@ -156,7 +156,11 @@ class Codec:
                 _remember(self._replies, header, plan)
         if payload.nbytes != plan.size:
             raise ChannelError(f"{payload.nbytes} bytes of outputs, {plan.size} described")
+        if plan.end > count:
+            raise ChannelError(f"an answer to member {plan.end - 1} of {count}")
         numbers = struct.unpack_from(f"<{1 + 3 * len(plan.parts)}q", payload)  # type: ignore[arg-type]
+        if min(numbers) < 0:
+            raise ChannelError("a duration below zero")
         parts = []
         for at, (members, outputs, error) in enumerate(plan.parts):
             made = {
@@ -254,7 +258,7 @@ def _plan_batch(header: Any) -> _BatchPlan:
 
 
 class _ReplyPlan(NamedTuple):
-    """By part: members, outputs as (name, data, offsets), error."""
+    """By part: members, outputs as (name, data, offsets), error. `end`: past the last member."""
 
     parts: tuple[
         tuple[
@@ -266,6 +270,7 @@ class _ReplyPlan(NamedTuple):
     ]
     size: int
     failed: bool
+    end: int
 
 
 def _part_key(part: Part) -> Hashable:
@@ -310,7 +315,9 @@ def _plan_reply(header: Any) -> _ReplyPlan:
                 offsets, at = _segment("<i8", [counted(count, MAX_PAYLOAD_BYTES)], at)
             made.append((texted(name), data, offsets))
         parts.append((indices, tuple(made), None if error is None else rebuild(error)))
-    return _ReplyPlan(tuple(parts), at, any(part[2] is not None for part in parts))
+    failed = any(part[2] is not None for part in parts)
+    end = max((index + 1 for part in parts for index in part[0]), default=0)
+    return _ReplyPlan(tuple(parts), at, failed, end)
 
 
 def _offsets(data: _Segment, segment: _Segment, payload: Array) -> Array:

@@ -60,8 +60,8 @@ class Desk:
         self._arenas = Arenas()
         self._mappings = Mappings(writable=True)
         self._writing = False
+        poller.add(self)  # first: who has a seat is told to send, and must be read
         self._seat = slots.join(self)
-        poller.add(self)
 
     # --- as the poller sees it -------------------------------------------------------------------
 
@@ -88,11 +88,14 @@ class Desk:
             self._close(None)
 
     def trim(self) -> None:
-        self._arenas.trim()
         try:
+            self._arenas.trim()
             self._tell_dropped()
         except ChannelError as error:
             self._close(error)
+        except Exception:
+            logger.exception("connection of router %s", self._router_id)
+            self._close(None)
 
     def finish(self, limit_s: float) -> None:
         until_s = time.monotonic() + limit_s
@@ -106,6 +109,8 @@ class Desk:
                 wait.poll(left_s * 1000)
         except ChannelError as error:
             logger.debug("router %s: %s", self._router_id, error)
+        except Exception:  # others are to be finished, too
+            logger.exception("connection of router %s", self._router_id)
         self._close(None)
 
     # --- as the slots see it ---------------------------------------------------------------------
@@ -210,6 +215,9 @@ class Desk:
             self._close(error)
         except MantaError as error:  # an answer too large
             self._send(channel.FAILED, channel.error_layout(error), flags & channel.KEPT, number)
+        except Exception:  # out of descriptors, or memory: this one pays, and not the instance
+            logger.exception("connection of router %s", self._router_id)
+            self._close(None)
 
     def _tell_dropped(self) -> None:
         for number in self._arenas.dropped():

@@ -34,10 +34,14 @@ _SOCKET = "socket"
 _MAX_PATH_BYTES = 100  # of sun_path's 108
 _MAX_GREETINGS = 64
 _BACKLOG = 128
-# A directory this young without a socket may be about to get one.
+# A directory this young may be about to get its socket, or a listener there.
 _YOUNG_S = 60.0
 
 Admit = Callable[[int, socket.socket, str], None]
+
+
+class _Silent(ChannelError):
+    """A peer that went without a word: a `sweep` looks whether anybody listens."""
 
 
 class Doorway:
@@ -113,6 +117,9 @@ class Doorway:
             if hello.instance >= self._instances:
                 raise ChannelError(f"there is no instance {hello.instance}")
             sock.send(channel.head(channel.WELCOME))
+        except _Silent as error:
+            logger.debug("a connection came to nothing: %s", error)
+            sock.close()
         except (ChannelError, OSError, UnicodeError, asyncio.TimeoutError) as error:
             logger.warning("a connection was refused: %s", error or "it said nothing")
             sock.close()
@@ -132,7 +139,8 @@ async def _first(sock: socket.socket) -> Frame:
     while len(data) < size:
         more = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
         if not more:
-            raise ChannelError("the connection is closed")
+            kind = ChannelError if data else _Silent
+            raise kind("the connection is closed")
         data += more
         if len(data) == channel.ALIGNMENT:
             size = channel.frame_bytes(data)
@@ -161,10 +169,12 @@ def sweep(base: str) -> None:
             path = directory / _SOCKET
             if found.st_uid != os.geteuid() or not directory.is_dir() or directory.is_symlink():
                 continue
+            if time.time() - found.st_mtime <= _YOUNG_S:
+                continue
             if path.exists():
                 if not _listens(path):
                     _remove(directory)
-            elif time.time() - found.st_mtime > _YOUNG_S and not any(directory.iterdir()):
+            elif not any(directory.iterdir()):
                 _remove(directory)
 
 

@@ -87,7 +87,8 @@ class Execution:
                 if spoiled:
                     raise SendAgain("halves")
                 return self._halves(batch, members)
-            if not last:
+            # The host has no cache to empty, and a member alone no other copy than it was given.
+            if not last and not on_host:
                 return self._attempt(batch, members, last=True)
         if len(members) > 1:
             if spoiled:
@@ -163,6 +164,9 @@ class Execution:
                 arrays = [whole]
             else:
                 arrays = [_present(_member(batch, index, k), tensor.name) for k in good]
+                if len(arrays) == 1 < len(members):
+                    # It is looked at as it is, and run again should this fail: not what it was.
+                    arrays = [arrays[0].copy()]
             inputs.append(convert.build_tensor(tensor, arrays, self._runtime.device))
         return inputs, good, [Part((k,), {}, error) for k, error in bad.items()]
 

@@ -213,7 +213,11 @@ class Instance:
 
     def _open(self, sock: socket.socket, router_id: str) -> None:
         assert self._poller is not None
-        Desk(sock, router_id, self.slots, self._poller, self)
+        try:
+            Desk(sock, router_id, self.slots, self._poller, self)
+        except Exception:  # nobody would read it: the Router must not wait for that
+            logger.exception("connection of router %s", router_id)
+            sock.close()
 
     def _load(self) -> None:
         if self._runtime is not None:

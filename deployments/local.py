@@ -97,6 +97,7 @@ class LocalClient:
             client._lose("it does not answer")
             raise ChannelError("the replica does not answer") from None
         except BaseException:
+            welcome.cancel()  # nobody waits for it, should it have come to nothing before
             client._lose("it was not made")
             raise
         return client
@@ -175,11 +176,26 @@ class LocalClient:
             self._lose(str(error))
             return
         except MantaError as error:
-            del self._calls[number]
-            call.future.set_exception(error)
+            self._give_up(number, error)
             return
-        copied = self._loop.run_in_executor(None, arena.write, layout.pieces)
+        except Exception:
+            self._break()
+            return
+        try:
+            copied = self._loop.run_in_executor(None, arena.write, layout.pieces)
+        except Exception:  # no thread, or the loop ends
+            self._break()
+            return
         copied.add_done_callback(lambda done: self._copied(done, number, layout, flags, arena))
+
+    def _give_up(self, number: int, error: MantaError) -> None:
+        call = self._calls.pop(number, None)
+        if call is None:  # the connection was lost just now, and all its calls with it
+            return
+        if call.future.done():
+            self._changed()  # whoever sent it has given up: this is news to them
+        else:
+            call.future.set_exception(error)
 
     def _copied(
         self, done: asyncio.Future[None], number: int, layout: Layout, flags: int, arena: Arena
@@ -189,14 +205,15 @@ class LocalClient:
         error = None if done.cancelled() else done.exception()
         if done.cancelled() or error is not None:  # the executor ends with the process
             logger.error("a batch was not copied", exc_info=error)
-            call = self._calls.pop(number)
             self._arenas.forget(arena.number)
-            _fail(call, Internal("the server failed to send this request"))
+            self._give_up(number, Internal("the server failed to send this request"))
             return
         try:
             self._pass(number, layout, flags, arena)
         except ChannelError as lost:
             self._lose(str(lost))
+        except Exception:
+            self._break()
 
     def _pass(self, number: int, layout: Layout, flags: int, arena: Arena) -> None:
         flags |= channel.IN_ARENA | (0 if arena.passed else channel.NEW_ARENA)
@@ -217,18 +234,22 @@ class LocalClient:
         try:
             for frame in self._stream.receive():
                 self._take(frame)
-            if self._open:
-                self._stream.check_fds()
+                if not self._open:
+                    return
+            self._stream.check_fds()
         except ChannelError as error:
             self._lose(str(error))
+        except Exception:
+            self._break()
 
     def _writable(self) -> None:
         try:
             self._stream.flush()
+            self._watch()
         except ChannelError as error:
             self._lose(str(error))
-        else:
-            self._watch()
+        except Exception:
+            self._break()
 
     def _watch(self) -> None:
         if self._stream.pending == self._writing:
@@ -245,6 +266,8 @@ class LocalClient:
             self._watch()
         except ChannelError as error:
             self._lose(str(error))
+        except Exception:
+            self._break()
 
     # --- frames in -------------------------------------------------------------------------------
 
@@ -285,9 +308,9 @@ class LocalClient:
             reply = BatchReply(parts=(), refused=True)
         elif frame.flags & channel.IN_ARENA:
             payload = self._mappings.lend(frame.arena, frame.payload_bytes, self._released)
-            reply = self._codec.read_reply(frame.header, payload)
+            reply = self._codec.read_reply(frame.header, payload, len(call.batch.rows))
         else:
-            reply = self._codec.read_reply(frame.header, frame.payload)
+            reply = self._codec.read_reply(frame.header, frame.payload, len(call.batch.rows))
         del self._calls[frame.number]
         self._settle_arena(call, frame.flags)
         if call.future.done():
@@ -356,6 +379,12 @@ class LocalClient:
         """What is under way fails. Doing it twice is doing it once."""
         self._lose("closed by this side", quiet=True)
 
+    def _break(self) -> None:
+        """An error that nobody foresaw, now being handled: what the peer has been told, or has
+        told, is uncertain. A connection that is lost is made again; one left so would be dead."""
+        logger.exception("the channel to model '%s'", self._model_name)
+        self._lose("an error of this side")
+
     def _lose(self, reason: str, quiet: bool = False) -> None:
         if not self._open:
             return
@@ -370,8 +399,9 @@ class LocalClient:
             if timer is not None:
                 timer.cancel()
         welcome, self._welcome = self._welcome, None
-        if welcome is not None and not welcome.done():
-            welcome.set_exception(ChannelError(reason))
+        if welcome is not None:
+            if not welcome.done():
+                welcome.set_exception(ChannelError(reason))
             return  # it never was
         if not quiet:
             logger.info("the channel to model '%s' ended: %s", self._model_name, reason)
@@ -391,7 +421,10 @@ def _dial(path: str) -> socket.socket:
     """A connection to a process of our own user. Raises ChannelError."""
     if not hasattr(socket, "AF_UNIX"):
         raise ChannelError("this system has no unix sockets")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:  # out of descriptors
+        raise ChannelError(f"no connection to the replica: {error.strerror}") from None
     try:
         sock.setblocking(False)
         sock.connect(path)  # at once, or not at all

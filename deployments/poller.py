@@ -86,8 +86,8 @@ class Poller:
         self._ready.append(work)
 
     def add(self, connection: Connection) -> None:
-        self._connections.append(connection)
         self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
+        self._connections.append(connection)
 
     def watch(self, connection: Connection, writing: bool) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
@@ -97,7 +97,8 @@ class Poller:
         """Before its socket is closed."""
         if connection in self._connections:
             self._connections.remove(connection)
-            self._selector.unregister(connection.fileno())
+            with contextlib.suppress(KeyError):  # a `watch` that failed has done so already
+                self._selector.unregister(connection.fileno())
 
     def last(self) -> list[Work]:
         """After the end was posted: what has come all the same."""
@@ -128,19 +129,18 @@ class Poller:
                 key.data.serve(reading, bool(events & selectors.EVENT_WRITE))
         if self._trim_s and time.monotonic() >= self._trim_s:
             self._trim_s = 0.0
-            for connection in self._connections:
+            for connection in list(self._connections):  # one that is lost meanwhile is removed
                 connection.trim()
 
     def _timeout_s(self) -> float | None:
+        # Also where there is always something to do: memory is most of all kept there.
+        if not self._trim_s and any(one.has_memory for one in self._connections):
+            self._trim_s = time.monotonic() + _TRIM_S
         if self._ready:
             return 0.0
         if self._slots.unsettled:
             return _TICK_S
-        if any(one.has_memory for one in self._connections):
-            if not self._trim_s:
-                self._trim_s = time.monotonic() + _TRIM_S
-            return _TRIM_S
-        return None
+        return max(0.0, self._trim_s - time.monotonic()) if self._trim_s else None
 
     def _answer_bell(self) -> None:
         with contextlib.suppress(BlockingIOError):

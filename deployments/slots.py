@@ -32,13 +32,25 @@ class Party(Protocol):
 class Seat:
     """What is known of one party."""
 
-    __slots__ = ("active_ns", "granted", "granted_ns", "limit", "party", "wants")
+    __slots__ = (
+        "active_ns",
+        "granted",
+        "granted_ns",
+        "limit",
+        "party",
+        "resend_ns",
+        "resends",
+        "wants",
+    )
 
     def __init__(self, party: Party) -> None:
         self.party = party
         self.limit = -1  # not told yet
         self.granted = 0
         self.granted_ns = 0
+        # Promised to batches that are to be sent again: no change of limits makes these void.
+        self.resends = 0
+        self.resend_ns = 0
         self.active_ns = 0
         self.wants = False
 
@@ -54,7 +66,8 @@ class Slots:
         self._seats: list[Seat] = []
         self._owner: Seat | None = None
         self._turns: deque[Seat | Callable[[], bool]] = deque()
-        self._granted = 0
+        self._granted = 0  # with the resends
+        self._asking = 0  # turns that hold a place, and may not want it any more
         self._outside_ns = -QUIET_NS
         self._draining = False
         self.held = 0
@@ -114,6 +127,8 @@ class Slots:
                 return
             self._seats.remove(seat)
             self._revoke(seat)
+            self._granted -= seat.resends
+            seat.resends = 0
             if self._owner is seat:
                 self._owner = None
 
@@ -123,6 +138,9 @@ class Slots:
             seat.active_ns = self._clock()
             if seat.granted:
                 seat.granted -= 1
+                self._granted -= 1
+            elif seat.resends:
+                seat.resends -= 1
                 self._granted -= 1
             elif not self._has_room():
                 return False
@@ -134,8 +152,10 @@ class Slots:
         """A batch that is held is to be sent again: its place is promised to it."""
         with self._lock:
             self.held -= 1
-            if self._owner is not seat and seat in self._seats:
-                self._grant(seat)
+            if seat in self._seats:
+                seat.resends += 1
+                seat.resend_ns = self._clock()
+                self._granted += 1
 
     def want(self, seat: Seat) -> None:
         with self._lock:
@@ -151,18 +171,32 @@ class Slots:
 
     def settle(self) -> None:
         """Tells the parties what has changed for them. Between runs, and before each."""
+        while self._settle_once():
+            pass
+
+    def _settle_once(self) -> bool:
+        """Whether it must be done again: a place was held for one who does not want it."""
         with self._lock:
             if self._owner is not None and len(self._seats) == 1 and not self._turns:
                 if self._clock() - self._outside_ns >= QUIET_NS and not self._draining:
-                    return
+                    return False
             told, promised, admitted = self._settle(self._clock())
         for seat in told:
             seat.party.limited(seat.limit)
         for seat in promised:
             seat.party.granted()
+        free = False
         for call in admitted:
-            if not call():
-                self.done()
+            wanted = call()
+            with self._lock:
+                self._asking -= 1
+                if wanted:
+                    self.by_serve += 1
+                    self.peak_held = max(self.peak_held, self.held - self._asking)
+                else:
+                    self.held -= 1
+                    free = True
+        return free
 
     @property
     def unsettled(self) -> bool:
@@ -176,7 +210,7 @@ class Slots:
 
     def _hold(self) -> None:
         self.held += 1
-        self.peak_held = max(self.peak_held, self.held)
+        self.peak_held = max(self.peak_held, self.held - self._asking)
 
     def _grant(self, seat: Seat) -> None:
         seat.granted += 1
@@ -197,6 +231,9 @@ class Slots:
             if seat.granted and now_ns - seat.granted_ns >= QUIET_NS:
                 self._granted -= seat.granted
                 seat.granted = 0
+            if seat.resends and now_ns - seat.resend_ns >= QUIET_NS:
+                self._granted -= seat.resends
+                seat.resends = 0
             limit = self._size if seat is self._owner else 0
             if seat.limit != limit:
                 wanted = seat.wants and seat is not self._owner
@@ -211,8 +248,8 @@ class Slots:
         while self._turns and self._has_room():
             turn = self._turns.popleft()
             if not isinstance(turn, Seat):
-                self._hold()
-                self.by_serve += 1
+                self.held += 1
+                self._asking += 1
                 admitted.append(turn)
                 continue
             turn.wants = False

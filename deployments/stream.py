@@ -195,7 +195,10 @@ class Stream:
 
     def _enqueue(self, parts: Sequence[Any], skip: int, fds: Sequence[int]) -> None:
         # Of its own: the sender may close its descriptor before the peer reads.
-        kept: Sequence[int] = [os.dup(fd) for fd in fds]
+        try:
+            kept: Sequence[int] = [os.dup(fd) for fd in fds]
+        except OSError as error:
+            raise ChannelError(f"a descriptor cannot be kept: {error.strerror}") from None
         for part in parts:
             view = _bytes_of(part)
             if skip >= view.nbytes:

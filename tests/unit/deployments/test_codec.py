@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import orjson
 import pytest
@@ -124,10 +126,10 @@ def test_more_members_than_a_header_holds_are_not_sent():
         Codec().batch(Batch((1,) * 60_000, ((member,) * 60_000,), ()), apart=True)
 
 
-def answered(reply: BatchReply, codec: Codec | None = None) -> BatchReply:
+def answered(reply: BatchReply, codec: Codec | None = None, count: int = 3) -> BatchReply:
     codec = codec or Codec()
     layout = codec.reply(reply)
-    return codec.read_reply(layout.header, payload_of(layout))
+    return codec.read_reply(layout.header, payload_of(layout), count)
 
 
 @pytest.mark.parametrize("dtype", NUMBERS)
@@ -168,6 +170,22 @@ def test_offsets_that_cut_elsewhere_are_refused(offsets):
     output = OutputArray(np.zeros(9, np.uint8), np.array(offsets))
     with pytest.raises(ChannelError):
         answered(BatchReply((Part((0,), {"y": output}),)))
+
+
+def test_answers_to_members_that_were_not_sent_are_refused():
+    codec = Codec()
+    reply = BatchReply((Part((0,), {}), Part((1, 2), {})))
+    for _ in range(2):  # also where the header is remembered
+        assert len(answered(reply, codec, 3).parts) == 2
+        with pytest.raises(ChannelError, match="member 2 of 2"):
+            answered(reply, codec, 2)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_durations_below_zero_are_refused(at):
+    numbers = [-1 if k == at else 1 for k in range(4)]
+    with pytest.raises(ChannelError, match="below zero"):
+        answered(BatchReply((Part((0,), {}, None, *numbers[:3]),), waited_ns=numbers[3]))
 
 
 GOOD = {"rows": [1], "outputs": ["y"], "inputs": [{"members": [["<f4", [1, 16]]]}]}
@@ -217,11 +235,11 @@ json = st.recursive(
 
 
 def only_channel_errors(header: bytes, payload: bytes) -> None:
-    for read in (Codec().read_batch, Codec().read_reply):
-        try:
-            read(header, np.frombuffer(payload, np.uint8))
-        except ChannelError:
-            pass
+    data = np.frombuffer(payload, np.uint8)
+    with contextlib.suppress(ChannelError):
+        Codec().read_batch(header, data)
+    with contextlib.suppress(ChannelError):
+        Codec().read_reply(header, data, 2)
 
 
 @given(st.binary(max_size=80), st.binary(max_size=200))

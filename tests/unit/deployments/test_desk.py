@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from deployments import channel
 from deployments.arena import Arenas
 from deployments.channel import Layout
 from deployments.codec import Codec
+from deployments.desk import Desk
+from deployments.errors import ReplicaLost
 from tests import models
 
 from .channels import batch_of, drive, place, rows, until, whole
@@ -146,6 +149,12 @@ def connections(at) -> int:
     return len(at.instance._poller._connections)
 
 
+def desk_of(at) -> Desk:
+    (desk,) = at.instance._poller._connections
+    assert isinstance(desk, Desk)
+    return desk
+
+
 @drive
 async def test_connections_leave_no_descriptors_behind():
     async with place(models.identity()) as at:
@@ -153,6 +162,7 @@ async def test_connections_leave_no_descriptors_behind():
         await client.execute(batch_of(*rows(2, 200_000)))
         await client.aclose()
         await until(lambda: not connections(at))
+        await asyncio.wrap_future(at.instance._post(lambda: None))  # closed, and not only removed
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
             client = await at.connect()
@@ -160,6 +170,7 @@ async def test_connections_leave_no_descriptors_behind():
                 await client.execute(batch_of(*rows(2, 200_000)))
             await client.aclose()
             await until(lambda: not connections(at))
+        await asyncio.wrap_future(at.instance._post(lambda: None))  # closed, and not only removed
         assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -168,3 +179,36 @@ async def test_an_instance_that_is_closed_closes_what_comes():
     async with place(models.identity()) as at:
         await asyncio.to_thread(at.instance.close)
         assert await answer(attached(at)) == b""
+
+
+@pytest.mark.parametrize("method", ["send", "flush"])
+def test_an_error_of_the_system_ends_one_connection_and_not_the_thread(method):
+    @drive
+    async def one() -> None:
+        async with place(models.identity()) as at:
+            doomed = await at.connect()
+            desk = desk_of(at)
+            with mock.patch.object(desk._stream, method, side_effect=OSError(24, "too many")):
+                if method == "send":
+                    with pytest.raises(ReplicaLost):
+                        await doomed.execute(BATCH)
+                else:
+                    at.instance._post(lambda: desk.finish(0.1))
+                await until(lambda: not doomed.open)
+            good = await at.connect()
+            assert (await good.execute(BATCH)).parts[0].error is None
+            assert connections(at) == at.instance.slots.parties == 1
+            await good.aclose()
+
+    one()
+
+
+@drive
+async def test_memory_that_cannot_be_trimmed_ends_one_connection():
+    async with place(models.identity()) as at:
+        client = await at.connect()
+        desk = desk_of(at)
+        with mock.patch.object(desk._arenas, "trim", side_effect=MemoryError):
+            await asyncio.wrap_future(at.instance._post(desk.trim))
+        await until(lambda: not client.open)
+        assert at.instance.slots.parties == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import stat
@@ -160,6 +161,8 @@ def test_what_dead_processes_left_is_swept(short_tmp):
         dead.mkdir(mode=0o700)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(dead / "socket"))  # closed without a trace, as by SIGKILL
+        for folder in (dead, Path(address.path).parent):
+            os.utime(folder, (1, 1))
         young, old, other = (
             short_tmp / f"manta-channel-{name}" for name in ("young", "old", "other")
         )
@@ -191,3 +194,38 @@ def test_where_no_socket_can_be_there_is_no_door(monkeypatch, short_tmp):
 def test_long_places_are_left_for_short_ones(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 90)
     assert doorway._base() == "/tmp"
+
+
+def test_a_replica_that_is_just_starting_is_not_swept(short_tmp):
+    folder = short_tmp / "manta-channel-new"
+    folder.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))  # and does not listen yet
+        doorway.sweep(str(short_tmp))
+        listener.listen(1)
+        assert folder.exists()
+        os.utime(folder, (1, 1))
+        doorway.sweep(str(short_tmp))
+        assert folder.exists()  # somebody listens
+    doorway.sweep(str(short_tmp))
+    assert not folder.exists()
+
+
+def test_a_peer_that_only_looks_is_no_warning(caplog):
+    @drive
+    async def look() -> None:
+        door = Doorway(1, Admitted())
+        address = door.open()
+        assert address is not None
+        for words in (b"", b"MNTA"):
+            with caplog.at_level(logging.DEBUG, "ray.serve"):
+                caplog.clear()
+                _, writer = await asyncio.open_unix_connection(address.path)
+                writer.write(words)
+                writer.close()
+                await until(lambda: bool(caplog.records))
+            (record,) = caplog.records
+            assert record.levelno == (logging.WARNING if words else logging.DEBUG)
+        door.close()
+
+    look()

@@ -6,11 +6,13 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 
 from deployments.desk import SendAgain
+from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.types import Batch
 from tests import models
-from tests.models import config
+from tests.models import config, string_input
 
 from .channels import ONE, batch_of, drive, place, rows, whole
 
@@ -55,3 +57,59 @@ async def test_without_batching_members_are_cut_out():
         assert [part.members for part in parts] == [(0,), (1,), (2,)]
         for part, row in zip(parts, rows(3), strict=True):
             np.testing.assert_array_equal(part.outputs["y"].data, row)
+
+
+# Changes what it is given, and has no memory at its first run.
+ONCE = """
+import torch
+class Net(torch.nn.Module):
+    runs = 0
+    def forward(self, x):
+        x.mul_(10)
+        self.runs += 1
+        if self.runs == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+"""
+
+
+class Once(torch.nn.Module):
+    """The same, beside strings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, words: list[str], x: torch.Tensor) -> torch.Tensor:
+        x.mul_(10)
+        self.runs += 1
+        if self.runs == 1:
+            raise RuntimeError("CUDA out of memory")
+        return x
+
+
+@drive
+async def test_a_member_alone_is_not_run_again_on_what_a_failed_run_has_changed():
+    async with place(ONCE) as at:
+        (row,) = rows(1)
+        (part,) = (await asyncio.wrap_future(at.instance.submit(batch_of(row.copy())))).parts
+        assert isinstance(part.error, ExecutionFailed)
+        (part,) = (await asyncio.wrap_future(at.instance.submit(batch_of(row.copy())))).parts
+        np.testing.assert_array_equal(part.outputs["y"].data, row * np.float32(10))
+
+
+@drive
+async def test_nor_is_one_that_ran_alone_because_its_neighbours_are_bad():
+    inputs = config([string_input("words")], {"y": (-1,)}).input
+    made = config({"x": (-1,)}, {"y": (-1,)}, max_batch_size=64)
+    made = made.model_copy(update={"input": (*inputs, *made.input)})
+    strings = tuple(np.frombuffer(b"\1\0\0\0" + text, np.uint8) for text in (b"a", b"\xff"))
+    async with place(Once(), made) as at:
+        members = rows(2)
+        wanted = members[0] * np.float32(10)
+        batch = Batch((1, 1), (strings, tuple(members)), ("y",))
+        parts = (await asyncio.wrap_future(at.instance.submit(batch))).parts
+        good, bad = sorted(parts, key=lambda part: part.members)
+        assert isinstance(bad.error, InvalidArgument)
+        assert good.error is None
+        np.testing.assert_array_equal(good.outputs["y"].data, wanted)

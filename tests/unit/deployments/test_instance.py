@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import struct
 import sys
 from concurrent.futures import Future
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments.errors import ExecutionFailed, InvalidArgument, ShuttingDown
 from deployments.instance import FatalDeviceError, Instance
+from deployments.poller import Poller
 from deployments.types import Batch, BatchReply
 from deployments.weights import WeightCache
 from tests import models
@@ -327,3 +330,14 @@ def test_a_model_that_calls_exit_fails_only_the_culprit(start):
     errors = {part.members: part.error for part in reply.parts}
     assert [members for members, error in errors.items() if error is not None] == [(1,)]
     assert "sys.exit" in str(errors[(1,)])
+
+
+def test_a_connection_that_cannot_be_read_is_closed(start):
+    instance = start(models.identity())
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, mock.patch.object(Poller, "add", side_effect=OSError(28, "no space")):
+        instance.attach(theirs, "router")
+        ours.settimeout(10)
+        assert ours.recv(100) == b""  # and has been told nothing
+    assert instance.slots.parties == 0
+    assert instance.run(batch_of(row(1, 2, 3, 4))).parts[0].error is None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import socket
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import uvloop
 from deployments import local
 from deployments.channel import ChannelError
 from deployments.errors import Internal, InvalidArgument, QueueTimeout, ReplicaLost
+from deployments.stream import Stream
 from deployments.types import Batch, BatchReply, ChannelAddress
 from tests import models
 from tests.models import config, string_input, string_output
@@ -473,3 +476,86 @@ async def test_large_batches_that_fail_are_sent_again_in_pieces():
         assert [part.error is None for part in reply.parts] == [True, False, True]
         np.testing.assert_array_equal(reply.parts[2].outputs["y"].data, members[2] * 2)
         await client.aclose()
+
+
+# --- mistakes of our own --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["send", "receive", "flush", "executor"])
+def test_an_error_that_nobody_foresaw_ends_the_connection(method):
+    """And not only this call: one that is left waiting would keep its place for ever."""
+
+    @drive
+    async def unforeseen() -> None:
+        async with place(models.identity()) as at:
+            news: list[bool] = []
+            client = await at.connect(lambda: news.append(True))
+            news.clear()
+            place_of = {"executor": (asyncio.get_running_loop(), "run_in_executor")}
+            target, name = place_of.get(method, (client._stream, method))
+            with mock.patch.object(target, name, side_effect=OSError(24, "too many")):
+                call = client.execute(batch_of(*rows(2, 200_000 if method == "executor" else 16)))
+                if method == "flush":
+                    client._writable()
+                with pytest.raises(ReplicaLost):
+                    await call
+            assert (client.outstanding, client.open, client.idle) == (0, False, False)
+            assert news
+
+    unforeseen()
+
+
+@drive
+async def test_what_cannot_be_sent_again_and_nobody_waits_for_is_news_all_the_same():
+    async with place(models.RefusesNegative()) as at:
+        news: list[bool] = []
+        client = await at.connect(lambda: news.append(True))
+        news.clear()
+        call = client.execute(batch_of(*rows(1), -rows(1)[0]))
+        with mock.patch.object(client._codec, "batch", side_effect=Internal("too large")):
+            call.cancel()
+            await until(lambda: not client.outstanding)
+        assert client.open and news
+        assert only(await client.execute(batch_of(*rows(2)))).shape == (2, 16)
+        await client.aclose()
+
+
+@drive
+async def test_a_connection_that_cannot_say_its_name_leaves_nothing_behind():
+    heard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    async with place(models.identity()) as at:
+        for error in (ChannelError("gone"), OSError(24, "too many")):
+            with mock.patch.object(Stream, "send", side_effect=error):
+                with pytest.raises(type(error)):
+                    await local.LocalClient.connect(
+                        at.address, 0, "r", "m", lambda: heard.append("changed"), 1.0
+                    )
+        gc.collect()
+        await asyncio.sleep(0)
+    assert heard == []
+
+
+@drive
+async def test_no_descriptors_left_is_no_connection():
+    with mock.patch.object(socket, "socket", side_effect=OSError(24, "too many")):
+        with pytest.raises(ChannelError, match="too many"):
+            await local.LocalClient.connect(
+                ChannelAddress("/tmp/none", "t"), 0, "r", "m", lambda: None, 1.0
+            )
+
+
+@drive
+async def test_an_answer_to_a_member_that_was_not_sent_ends_the_connection():
+    async with place(models.identity()) as at:
+        client = await at.connect()
+        execute = at.instance.execute
+
+        def shifted(batch, how):
+            (part,) = execute(batch, how).parts
+            return BatchReply((dataclasses.replace(part, members=(2,)),))
+
+        with mock.patch.object(at.instance, "execute", shifted):
+            with pytest.raises(ReplicaLost):
+                await client.execute(batch_of(*rows(1)))
+        assert not client.open

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+from unittest import mock
 
+import pytest
+
+from deployments import poller as room
 from deployments.poller import Poller
 from deployments.slots import Slots
 
@@ -97,3 +101,37 @@ def test_what_has_come_before_the_end_is_still_done():
     poller.finish(0.1)
     poller.finish(0.1)
     poller.post(lambda: None)  # too late, and no harm
+
+
+def test_a_connection_that_cannot_be_watched_is_not_there():
+    poller = Poller(Slots())
+    line = Line(poller)
+    with mock.patch.object(poller._selector, "register", side_effect=OSError(28, "no space")):
+        with pytest.raises(OSError, match="no space"):
+            poller.add(line)
+    assert poller._connections == []
+    poller.finish(0.1)
+    assert line.log == []
+
+
+class Leaves(Line):
+    def trim(self) -> None:
+        super().trim()
+        self.finish(0.0)
+
+
+@pytest.mark.parametrize("unsettled", [False, True])
+def test_memory_is_looked_through_also_where_several_compete(monkeypatch, unsettled):
+    monkeypatch.setattr(room, "_TRIM_S", 0.01)
+    monkeypatch.setattr(Slots, "unsettled", unsettled)
+    poller = Poller(Slots())
+    lines = [Leaves(poller, memory=True), Leaves(poller, memory=True), Line(poller)]
+    for line in lines:
+        poller.add(line)
+    ringing = threading.Timer(0.6, poller.post, [lambda: None])
+    ringing.start()
+    do_next(poller)
+    ringing.join()
+    assert [line.log[:1] for line in lines] == [["trim"]] * 3
+    assert poller._connections == lines[2:]
+    poller.finish(0.1)

@@ -227,3 +227,55 @@ def test_draining_promises_nothing(slots):
     assert slots.take(router.seat)  # it was on its way
     slots.leave(router.seat)
     assert slots.waiting == 0
+
+
+def test_turns_that_were_given_up_cost_the_next_one_nothing(slots):
+    a, b = contended(slots)
+    assert slots.take(a.seat) and slots.take(b.seat)
+    for _ in range(2):
+        slots.queue(lambda: False)
+    slots.want(a.seat)
+    slots.done()
+    slots.done()
+    slots.settle()
+    assert (a.grants, slots.held, slots.waiting) == (2, 0, 0)
+
+
+def test_only_batches_that_came_are_counted(slots):
+    for wanted in (False, False, True, False):
+        slots.queue(lambda wanted=wanted: wanted)
+    slots.settle()
+    assert (slots.by_serve, slots.held, slots.peak_held) == (1, 1, 1)
+    assert slots.admit()
+    assert (slots.by_serve, slots.held, slots.peak_held) == (2, 2, 2)
+
+
+def test_the_owners_batch_to_be_sent_again_keeps_its_place(slots):
+    router = Router(slots)
+    slots.settle()
+    assert slots.take(router.seat) and slots.take(router.seat)
+    slots.give_back(router.seat)
+    slots.queue(lambda: True)
+    slots.settle()
+    assert router.limits == [2, 0]  # others send: what it need not ask for is over, this is not
+    assert (slots.held, slots.waiting) == (1, 1) and not slots.admit()
+    slots.spare(router.seat)
+    assert slots.take(router.seat)
+    assert (slots.held, slots.peak_held) == (2, 2)
+    assert not slots.take(router.seat)
+    slots.done()
+    slots.settle()
+    assert (slots.held, slots.waiting, slots.peak_held) == (2, 0, 2)
+
+
+def test_a_place_for_what_is_not_sent_again_lapses(slots, clock):
+    a, b = contended(slots)
+    for router in (a, b):
+        slots.take(router.seat)
+        slots.give_back(router.seat)
+    assert not slots.admit()
+    slots.leave(a.seat)
+    assert slots.admit() and not slots.admit()
+    clock.now_ns += QUIET_NS
+    slots.settle()
+    assert slots.admit() and not slots.admit()

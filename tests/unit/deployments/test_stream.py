@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -207,3 +208,12 @@ def test_both_ends_belong_to_us():
     a, b = socket.socketpair(socket.AF_UNIX)
     with a, b:
         stream.check_peer(a)
+
+
+def test_a_descriptor_that_cannot_be_kept_is_the_connections_end(ends):
+    sender, _ = ends
+    while not sender.pending:
+        sender.send(head(1 << 20), [bytes(1 << 20)], 1 << 20)
+    with mock.patch.object(os, "dup", side_effect=OSError(24, "too many")):
+        with pytest.raises(ChannelError, match="too many"):
+            sender.send(head(0), fd=0)
