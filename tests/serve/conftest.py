@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ GOOD = ("mlp", "eager_mlp", "seed", "slow", "shared", "picky", "strings", "big")
 BROKEN = ("bad_field", "pickled", "bad_name")
 
 HERE = Path(__file__).parent
+
+# A shell starts what runs in its background with SIGINT ignored, and servers would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

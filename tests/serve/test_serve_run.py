@@ -68,9 +68,11 @@ def serve_run(request: pytest.FixtureRequest, one_model: Path, tmp_path: Path) -
         # What the README says of a bare `serve run`: SIGINT ends it in order.
         family = server.descendants()
         server.send(signal.SIGINT)
-        server.process.wait(90)
-        psutil.wait_procs(family, timeout=30)
-        server.close()
+        try:
+            server.process.wait(90)
+            psutil.wait_procs(family, timeout=30)
+        finally:
+            server.close()
 
 
 def test_serve_run_answers_http_and_grpc(serve_run: Server) -> None:
