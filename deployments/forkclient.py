@@ -16,6 +16,7 @@ import os
 import shlex
 import socket
 import stat
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -160,9 +161,13 @@ def check_owner(folder: str) -> None:
 
 
 def dial(address: str) -> socket.socket:
+    """Raises Refused when another user answers: what is sent there has this worker's secrets."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(address)
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", peer)[1] != os.geteuid():
+            raise Refused("the fork server is another user's")
     except BaseException:
         connection.close()
         raise

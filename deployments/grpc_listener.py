@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ class GrpcListener:
             try:
                 await self._start_lane(self._lane)
                 return
-            except (HaproxyFailed, OSError) as error:
+            except (HaproxyFailed, OSError, RuntimeError) as error:  # grpc's own: RuntimeError
                 logger.warning("HAProxy does not run, so grpc.aio has the gRPC port: %s", error)
                 self._haproxy = None
         await self._take_port()
@@ -154,6 +155,9 @@ class Folder:
     def __init__(self) -> None:
         root = Path(tempfile.gettempdir()) / f"manta-{os.getuid()}"
         root.mkdir(mode=0o700, exist_ok=True)
+        found = root.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise PermissionError(f"{root} is not this user's alone")
         for other in root.glob("grpc-*"):
             _remove_if_left(other)
         self.path = Path(tempfile.mkdtemp(prefix="grpc-", dir=root))

@@ -239,7 +239,8 @@ class Haproxy:
         """Starts it again when it dies, unless it does nothing else."""
         started: asyncio.Task[None] | None = watch
         while started is not None:
-            await started
+            with contextlib.suppress(Exception):  # of its log: the child is watched all the same
+                await started
             await self._ended(START_S)
             self._kill()
             started = await self._again()

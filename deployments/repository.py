@@ -31,6 +31,8 @@ MAX_NAME_BYTES = 255
 
 _NAME = re.compile(r"[\w.+@~=:,-]+")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")  # fits the proto's int64
+# Where `manta optimize` keeps a model until it is whole.
+WORKSHOP = ".optimizing."
 _OTHER_FOLDERS = {"configs", "warmup", "initial_state", "__pycache__"}
 _CHUNK_BYTES = 1 << 20
 
@@ -264,7 +266,10 @@ def _folders(root: Path) -> Iterator[str]:
 
 
 def _is_model(path: Path) -> bool:
-    """Folders of other programs, such as .git, are no models unless they look like one."""
+    """Folders of other programs, such as .git, are no models unless they look like one; what
+    `manta optimize` is making is none yet."""
+    if path.name.startswith(WORKSHOP):
+        return False
     if not path.name.startswith(".") and path.name not in _OTHER_FOLDERS:
         return True
     return (path / CONFIG).is_file() or any(_VERSION.fullmatch(name) for name in _folders(path))

@@ -170,3 +170,13 @@ def test_what_a_killed_one_left_goes_with_the_next_start(monkeypatch):
         assert living.path.exists() and again.path.exists() and begun.exists()
         living.close()
         again.close()
+
+
+def test_a_folder_that_others_may_enter_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    root = tmp_path / f"manta-{os.getuid()}"
+    root.mkdir(mode=0o755)
+    with pytest.raises(PermissionError):
+        Folder()
+    root.chmod(0o700)  # the control
+    Folder().close()

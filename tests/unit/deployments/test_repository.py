@@ -263,3 +263,11 @@ def test_links_out_of_the_repository_are_refused(root, model, tmp_path):
         with pytest.raises(ConfigError, match=r"^'m/.*' leads out of the model repository$"):
             attempt()
     assert repository.find("linked").error == "'linked' leads out of the model repository"
+
+
+def test_what_optimize_is_making_is_no_model(tmp_path):
+    for name in (".optimizing.abc", ".hidden", "m"):
+        (tmp_path / name / "1").mkdir(parents=True)
+    found = {one.name for one in Repository((str(tmp_path),)).scan()}
+    assert ".optimizing.abc" not in found and "m" in found
+    assert ".hidden" in found  # the control: another hidden folder that looks like a model
