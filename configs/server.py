@@ -183,6 +183,9 @@ class ServerSettings(BaseModel):
         if self.listener == "serve":
             if not self.allow_http:
                 raise ValueError("allow_http false needs listener 'router': Serve's proxy is HTTP")
+            for lane in ("http_lane", "grpc_lane"):
+                if lane in self.model_fields_set and getattr(self, lane):
+                    raise ValueError(f"{lane} needs listener 'router': Serve's proxy has none")
             if "grpc_address" in self.model_fields_set:
                 raise ValueError(
                     "grpc_address needs listener 'router': Serve's gRPC binds all interfaces"

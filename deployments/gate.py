@@ -172,8 +172,6 @@ class Gate:
         for entry in self._scheduler.clear():
             entry.owner = successor
             successor._scheduler.add(entry)
-        successor._ordered += [entry for entry in self._ordered if entry.owner is successor]
-        self._ordered = deque(entry for entry in self._ordered if entry.owner is self)
         self._rest()
         successor.pump()
 

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from configs.server import ServerSettings
 from .grpc_lane import PATH, Lane
 from .haproxy import LANE, ORDINARY, Front, Haproxy, HaproxyFailed, find_binary
 from .inference import Inference
-from .ports import PortClaim
+from .ports import PortClaim, private_folder
 
 logger = logging.getLogger("ray.serve")
 
@@ -153,11 +152,7 @@ class Folder:
     """
 
     def __init__(self) -> None:
-        root = Path(tempfile.gettempdir()) / f"manta-{os.getuid()}"
-        root.mkdir(mode=0o700, exist_ok=True)
-        found = root.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise PermissionError(f"{root} is not this user's alone")
+        root = private_folder()
         for other in root.glob("grpc-*"):
             _remove_if_left(other)
         self.path = Path(tempfile.mkdtemp(prefix="grpc-", dir=root))

@@ -239,8 +239,10 @@ class Haproxy:
         """Starts it again when it dies, unless it does nothing else."""
         started: asyncio.Task[None] | None = watch
         while started is not None:
-            with contextlib.suppress(Exception):  # of its log: the child is watched all the same
+            try:
                 await started
+            except Exception as error:  # its log is lost, the child is watched all the same
+                logger.warning("HAProxy's log cannot be read: %s", error)
             await self._ended(START_S)
             self._kill()
             started = await self._again()

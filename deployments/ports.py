@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -99,7 +100,16 @@ class PortClaim:
 def _open_lock(address: str, port: int) -> int:
     if port == 0:  # the system chooses a free one; nothing to agree on
         return os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR, 0o600)
+    name = f"{address.replace(':', '_')}-{port}.lock"
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(private_folder() / name, flags, 0o600)
+
+
+def private_folder() -> Path:
+    """This user's own place among the temporary files; raises OSError if others may enter it."""
     folder = Path(tempfile.gettempdir()) / f"manta-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    name = f"{address.replace(':', '_')}-{port}.lock"
-    return os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not this user's alone")
+    return folder

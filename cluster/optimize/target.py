@@ -41,18 +41,34 @@ class Source:
     artifact: Path
     runtime: RuntimeKind
     kind: str
+    content_hash: str
 
     @property
     def folder(self) -> Path:
         return Path(self.found.path)
+
+    def check_unchanged(self) -> None:
+        """What was made may be served in this version's place: only while its files and its
+        configuration are still those that it was made from. Raises OptimizeError."""
+        repository = Repository((self.repository,))
+        try:
+            found = repository.find(self.found.name)
+            digest = repository.content_hash(found, self.version, self.config)
+        except (ConfigError, MantaError, OSError):
+            digest = ""
+        if digest != self.content_hash:
+            name = self.found.name
+            raise OptimizeError(f"model '{name}' has changed meanwhile: run this again")
 
     def threads(self) -> int:
         """What its instances compute with, unless the caller says otherwise."""
         given = self.parameters.intra_op_thread_count
         if self.runtime == "eager":
             given = self.parameters.num_threads
+        from deployments.planner import available_cpus  # it brings Ray, which --help needs not
+
         instances = sum(g.count for g in self.config.instance_group if g.kind == "KIND_CPU")
-        return given or max(1, len(os.sched_getaffinity(0)) // max(1, instances))
+        return given or max(1, available_cpus() // max(1, instances))
 
 
 def read(repository: Path, model: str, version: int | None, has_gpu: bool) -> Source:
@@ -87,7 +103,8 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
         raise OptimizeError(f"version {number} of '{model}' is a compiled package already{hint}")
     parameters, _ = parse_parameters(config, (artifact.name,))
     group = config.instance_group[0].kind
-    return Source(root, found, number, config, parameters, artifact, kind, group)
+    digest = repository.content_hash(found, number, config)
+    return Source(root, found, number, config, parameters, artifact, kind, group, digest)
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,7 @@ class Destination:
 
     def publish(self, made: Path, workshop: Path) -> Path:
         """Moves `made` in, whole or not at all; returns the new version's folder."""
+        self.source.check_unchanged()
         staged = workshop / "publish"
         version = staged / "1" if self.output else staged
         version.mkdir(parents=True)

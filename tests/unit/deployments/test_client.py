@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments.channel import ChannelError
 from deployments.client import LeastLoaded, Origin, Reach
 from deployments.types import Batch, ChannelAddress, Endpoint
 
@@ -57,5 +58,5 @@ def test_a_channel_is_for_the_same_node(
 def test_a_channel_that_nobody_listens_on_is_an_error(tmp_path: Any) -> None:
     reach = Reach(ORIGIN, "m", "app", lambda: None)
     endpoint = Endpoint("r", "here", 1, ChannelAddress(str(tmp_path / "gone"), "token"))
-    with pytest.raises((OSError, Exception)):
+    with pytest.raises((OSError, ChannelError)):
         asyncio.run(reach.channel(endpoint, 0, lambda: None))

@@ -140,3 +140,20 @@ def test_a_policy_that_lists_versions_is_told_of(tmp_path: Path) -> None:
     assert "add 2 to serve it" in Destination(source(tmp_path)).note(2)
     assert not Destination(source(tmp_path)).note(1)
     assert not Destination(source(tmp_path), "fast").note(2)
+
+
+@pytest.mark.parametrize("what", ["nothing", "the file", "the config"])
+def test_a_model_that_changes_meanwhile_keeps_what_it_has(tmp_path: Path, what: str) -> None:
+    model = repositories.scripted(tmp_path)
+    destination = Destination(source(tmp_path))
+    if what == "the file":
+        (model / "1" / "model.pt").write_bytes(b"retrained")
+    elif what == "the config":
+        path = model / "config.pbtxt"
+        path.write_text(path.read_text() + "\n")
+    if what == "nothing":  # the control
+        assert write(tmp_path, destination) == model / "2"
+        return
+    with pytest.raises(OptimizeError, match="has changed meanwhile"):
+        write(tmp_path, destination)
+    assert not any(path.name == "model.pt2" for path in model.rglob("*"))
