@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import prod
 
-from .dtypes import from_config
 from .errors import ConfigError
 from .model import ModelConfig, ModelInput, ModelOutput
 
@@ -21,8 +20,17 @@ REFUSED_DATATYPES = ("TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_BF16")
 
 def check(config: ModelConfig) -> None:
     """Raise ConfigError for the first thing that is wrong."""
+    for error in errors(config):
+        raise error
+
+
+def errors(config: ModelConfig) -> Iterator[ConfigError]:
+    """What is wrong: the first error of each aspect."""
     for one in _CHECKS:
-        one(config)
+        try:
+            one(config)
+        except ConfigError as error:
+            yield error
 
 
 def tensors(config: ModelConfig) -> Iterator[tuple[str, str, ModelInput | ModelOutput]]:
@@ -155,7 +163,7 @@ def _segments(dims: tuple[int, ...]) -> list[int]:
 def _string_ranks(config: ModelConfig) -> None:
     for kind, path, tensor in tensors(config):
         rank = len(tensor.model_dims) + (config.max_batch_size > 0)
-        if from_config(tensor.data_type).wire == "BYTES" and rank > 1:
+        if tensor.data_type == "TYPE_STRING" and rank > 1:
             raise ConfigError(
                 f"only 1-dimensional List of String is supported as {kind} for '{tensor.name}'",
                 field=f"{path}.dims",

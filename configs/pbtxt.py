@@ -7,6 +7,7 @@ as far as the text shows them. Called by deployments/repository.py and by the ed
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import json_format, text_format
@@ -28,7 +29,7 @@ from .model import (
     Reshape,
     VersionPolicy,
 )
-from .refusals import refuse_unsupported
+from .refusals import unsupported
 
 logger = logging.getLogger("manta.configs")
 
@@ -39,24 +40,40 @@ _REASON_LENGTH, _FIELD_LENGTH = 500, 200  # text_format quotes the whole line
 
 def parse(text: str, file: str, directory_name: str) -> ModelConfig:
     """Raises ConfigError; `file` is what errors call the text, relative to the repository."""
+    config, errors = examine(text, file, directory_name)
+    if errors or config is None:
+        raise errors[0]
+    return config
+
+
+def examine(
+    text: str, file: str, directory_name: str
+) -> tuple[ModelConfig | None, list[ConfigError]]:
+    """The configuration, None where the text cannot be read, and all that is wrong with it."""
+    proto = pb.ModelConfig()
     try:
-        proto = pb.ModelConfig()
         _parse_text(_without_alias(text, file), proto)
-        refuse_unsupported(proto)
-        if proto.name not in ("", directory_name):
-            raise ConfigError(
-                f"the name '{proto.name}' must be left out or equal the directory's name "
-                f"'{directory_name}'",
-                field="name",
-            )
-        proto.name = directory_name
-        config = from_proto(proto)
-        checks.check(config)
-        if config.platform and not config.runtime:  # else the files decide, in `normalise`
-            checks.check_strings(config, runtime_kind(config))
-        return config
     except ConfigError as error:
-        raise locate(error, text, file) from None
+        return None, [locate(error, text, file)]
+    found = [*unsupported(proto), *_misnamed(proto, directory_name)]
+    proto.name = directory_name
+    config = from_proto(proto)
+    found += checks.errors(config)
+    if config.platform and not config.runtime:  # else the files decide, in `normalise`
+        try:
+            checks.check_strings(config, runtime_kind(config))
+        except ConfigError as error:
+            found.append(error)
+    return config, [locate(error, text, file) for error in found]
+
+
+def _misnamed(proto: Any, directory_name: str) -> Iterator[ConfigError]:
+    if proto.name not in ("", directory_name):
+        yield ConfigError(
+            f"the name '{proto.name}' must be left out or equal the directory's name "
+            f"'{directory_name}'",
+            field="name",
+        )
 
 
 def locate(error: ConfigError, text: str, file: str) -> ConfigError:

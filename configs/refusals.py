@@ -65,11 +65,11 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def refuse_unsupported(proto: Message) -> None:
-    """Raise ConfigError for the first field of an official ModelConfig that is not supported."""
+def unsupported(proto: Message) -> Iterator[ConfigError]:
+    """An error for each field of an official ModelConfig that says something and is refused."""
     for refusal in REFUSALS:
         for path in _occurrences(proto, refusal.path.split("."), "", refusal.when_empty):
-            raise ConfigError(refusal.reason, field=path)
+            yield ConfigError(refusal.reason, field=path)
 
 
 def _occurrences(

@@ -5,11 +5,10 @@ Knows nothing of versions' states; blocking calls, made by the Controller in thr
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -17,9 +16,7 @@ import ray
 from ray import serve
 from ray.serve.api import RunTarget
 
-from configs.model import ModelConfig
-from configs.parameters import parse_parameters
-from configs.placement import GroupPlacement, plan
+from configs.placement import GroupPlacement
 from configs.server import ServerSettings
 
 from .types import ReplicaSpec
@@ -52,20 +49,6 @@ def parse_application(name: str) -> tuple[str, int]:
     return unquote(model.replace("=", "%")), int(version)
 
 
-def fingerprint(
-    content_hash: str, placements: Sequence[GroupPlacement], settings: ServerSettings
-) -> str:
-    """Equal when a new load would make the very same replicas."""
-    facts = (
-        content_hash,
-        [(p, sorted(p.resources.items())) for p in placements],
-        sorted(settings.environment.items()),
-        settings.max_execution_s,
-        settings.logical_gpus,
-    )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
 def gpu_count() -> int:
     """GPUs by listed index that some node offers; without index resources, GPUs in the cluster."""
     resources = ray.cluster_resources()
@@ -75,18 +58,9 @@ def gpu_count() -> int:
     return max(indices) + 1 if indices else int(resources.get("GPU", 0))
 
 
-def place(
-    config: ModelConfig, files: Sequence[str], settings: ServerSettings, gpus: int
-) -> tuple[GroupPlacement, ...]:
-    """The plan, without index resources where no node advertises them (a plain `serve run`):
-    there the listed index still decides inside the replica, on whatever node Ray picks."""
-    parameters, _ = parse_parameters(config, files)
-    placements = plan(config, parameters, settings, gpus)
-    offered = ray.cluster_resources()
-    return tuple(
-        placement.without_resources() if set(placement.resources) - set(offered) else placement
-        for placement in placements
-    )
+def resources() -> Collection[str]:
+    """The names of all that some node offers."""
+    return frozenset(ray.cluster_resources())
 
 
 def deploy(name: str, bind: Callable[[], Any]) -> None:

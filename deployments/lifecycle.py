@@ -58,7 +58,7 @@ class Lifecycle:
         self._settings = settings
         self._repository = repository
         self._catalogue = catalogue
-        self._planner = Planner(settings, repository, application)
+        self._planner = Planner(settings, repository, application, applications)
         self._bind_model = bind_model
         self._announce = announce
         self._tell = tell

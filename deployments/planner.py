@@ -1,23 +1,27 @@
 """From the disk to what is to be deployed: versions read, completed, placed, and specified.
 
-Deploys nothing and remembers nothing; blocking calls, made by the lifecycle in threads.
+Deploys nothing and remembers nothing, and knows of the cluster only what it is told. Blocking
+calls, made by the lifecycle in threads, and by `manta check`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from configs.complete import normalise, of_version
 from configs.errors import ConfigError
 from configs.model import ModelConfig
+from configs.parameters import parse_parameters
 from configs.placement import GroupPlacement
+from configs.placement import plan as plan_groups
 from configs.server import ServerSettings
 
-from . import applications
 from .errors import MantaError
 from .repository import Found, Repository
 from .types import ReplicaSpec
@@ -44,13 +48,26 @@ class Plan:
         return sum(p.replicas * p.instances for p in self.placements if p.kind == "KIND_CPU")
 
 
+class Cluster(Protocol):
+    """What there is to place on: Ray's view of it is `applications`."""
+
+    def gpu_count(self) -> int: ...
+
+    def resources(self) -> Collection[str]: ...
+
+
 class Planner:
     def __init__(
-        self, settings: ServerSettings, repository: Repository, controller_application: str
+        self,
+        settings: ServerSettings,
+        repository: Repository,
+        controller_application: str,
+        cluster: Cluster,
     ) -> None:
         self._settings = settings
         self._repository = repository
         self._controller_application = controller_application
+        self._cluster = cluster
 
     def plan(self, name: str) -> tuple[list[Plan], dict[int, str]]:
         """The versions that the policy selects, and why some of them cannot be.
@@ -60,7 +77,7 @@ class Planner:
         found = self._repository.find(name)
         if found.error:
             raise ConfigError(found.error)
-        gpus = applications.gpu_count()
+        gpus = self._cluster.gpu_count()
         config = self._repository.read_config(found)
         numbers, failed = self._repository.select_versions(config, found.versions)
         plans = []
@@ -80,7 +97,7 @@ class Planner:
             normal = normalise(config, repository.first_files(found), gpus > 0)
             files = repository.version_files(found, number)
             normal = of_version(normal, files)
-            placements = applications.place(normal, files, self._settings, gpus)
+            placements = self._place(normal, files, gpus)
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.artifact(found, number, normal)  # refuses a missing file by name
@@ -91,8 +108,20 @@ class Planner:
             config=normal,
             placements=placements,
             content_hash=content_hash,
-            fingerprint=applications.fingerprint(content_hash, placements, self._settings),
+            fingerprint=fingerprint(content_hash, placements, self._settings),
             labels=repository.labels(found, normal),
+        )
+
+    def _place(
+        self, config: ModelConfig, files: Sequence[str], gpus: int
+    ) -> tuple[GroupPlacement, ...]:
+        """Without index resources where no node advertises them (a plain `serve run`): there the
+        listed index still decides inside the replica, on whatever node Ray picks."""
+        parameters, _ = parse_parameters(config, files)
+        offered = self._cluster.resources()
+        return tuple(
+            placement.without_resources() if set(placement.resources) - set(offered) else placement
+            for placement in plan_groups(config, parameters, self._settings, gpus)
         )
 
     def specs(self, plan: Plan, application: str, cpu_instances: int) -> list[ReplicaSpec]:
@@ -119,6 +148,20 @@ class Planner:
             )
             for placement in plan.placements
         ]
+
+
+def fingerprint(
+    content_hash: str, placements: Sequence[GroupPlacement], settings: ServerSettings
+) -> str:
+    """Equal when a new load would make the very same replicas."""
+    facts = (
+        content_hash,
+        [(p, sorted(p.resources.items())) for p in placements],
+        sorted(settings.environment.items()),
+        settings.max_execution_s,
+        settings.logical_gpus,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def available_cpus() -> int:

@@ -117,6 +117,14 @@ class Repository:
                 raise ConfigError(reason, file=file) from None
         return pbtxt.parse(text, file, found.name)
 
+    def config_errors(self, found: Found) -> list[ConfigError]:
+        """All that is wrong with config.pbtxt by itself; none where the file is missing."""
+        try:
+            text = self._config_text(found)
+        except ConfigError as error:
+            return [error]
+        return [] if text is None else pbtxt.examine(text, f"{found.name}/{CONFIG}", found.name)[1]
+
     def explain(self, found: Found, error: ConfigError) -> ConfigError:
         """An error raised later than parsing (complete, parameters, placement), told its line."""
         text = self._config_text(found)

@@ -11,7 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from configs.complete import normalise
 from configs.errors import ConfigError
 from configs.model import DynamicBatching, InstanceGroup, Reshape, VersionPolicy
-from configs.pbtxt import locate, parse, to_json, to_proto
+from configs.pbtxt import examine, locate, parse, to_json, to_proto
 
 TEXT = """\
 name: "m"
@@ -147,3 +147,20 @@ def test_locates_an_error_of_a_later_step():
     )
     other = ConfigError("no", file="m/labels.txt")
     assert locate(other, TEXT, "m/config.pbtxt") is other
+
+
+def test_examine_tells_all_that_is_wrong_where_parse_raises_the_first():
+    text = TEXT.replace('"m"', '"n"').replace("gpus: [ 0, 1 ]", "gpus: [ 0, 0 ]")
+    text = text.replace("preferred_batch_size: [ 4, 8 ]", "preferred_batch_size: [ 9 ]")
+    config, errors = examine(text, "m/config.pbtxt", "m")
+    assert config is not None
+    fields = ["name", "dynamic_batching.preferred_batch_size[0]", "instance_group[0].gpus"]
+    assert [error.args[2] for error in errors] == fields
+    assert str(errors[0]) == _error(text)
+    assert all(str(error).startswith("m/config.pbtxt:") for error in errors)
+    assert examine(TEXT, "m/config.pbtxt", "m")[1] == []
+
+
+def test_examine_tells_of_text_that_cannot_be_read():
+    config, (error,) = examine("platfrm: 1", "m/config.pbtxt", "m")
+    assert config is None and "platfrm" in str(error)

@@ -9,7 +9,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from configs import model
 from configs.errors import ConfigError
-from configs.refusals import REFUSALS, refuse_unsupported
+from configs.refusals import REFUSALS, unsupported
 
 MIRRORS: dict[str, type[BaseModel]] = {
     "": model.ModelConfig,
@@ -24,6 +24,12 @@ MIRRORS: dict[str, type[BaseModel]] = {
     "optimization.output_pinned_memory": model.PinnedMemoryBuffer,
 }
 SPECIAL = {"version_policy", "parameters", "model_transaction_policy", "response_cache"}
+
+
+def refuse_unsupported(proto):
+    for error in unsupported(proto):
+        raise error
+
 
 SETTINGS = {
     "ensemble_scheduling": "ensemble_scheduling { }",
