@@ -20,7 +20,10 @@ class Reshape(_Frozen):
 
 
 class ModelInput(_Frozen):
-    """`dims` is the client's view without the batch dimension; -1 is any size."""
+    """`dims` is the client's view without the batch dimension; -1 is any size.
+
+    An `optional` one may be left out of a request: `forward`'s default takes its place.
+    """
 
     name: str = ""
     data_type: str = "TYPE_INVALID"
@@ -84,7 +87,7 @@ class Optimization(_Frozen):
 class ModelConfig(_Frozen):
     """`parameters` holds each parameter's string_value.
 
-    `optional`, `allow_ragged_batch`, `preserve_ordering` and `cc_model_filenames` keep their
+    `allow_ragged_batch`, `preserve_ordering` and `cc_model_filenames` keep their
     defaults: a configuration that sets them is refused before it becomes one of these.
     """
 

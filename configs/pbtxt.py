@@ -154,6 +154,7 @@ def from_proto(proto: Any) -> ModelConfig:
                 format=pb.ModelInput.Format.Name(i.format),
                 dims=tuple(i.dims),
                 reshape=_reshape(i),
+                optional=i.optional,
             )
             for i in proto.input
         ),

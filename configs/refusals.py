@@ -41,7 +41,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("input.allow_ragged_batch", "ragged batches are not supported"),
     Refusal("input.is_non_linear_format_io", _TENSORRT),
     Refusal("input.is_shape_tensor", _TENSORRT),
-    Refusal("input.optional", "the backend does not support optional input"),
     Refusal("instance_group.host_policy", "host policies are not supported"),
     Refusal("instance_group.passive", "passive instances are not supported"),
     Refusal("instance_group.profile", _TENSORRT),

@@ -154,7 +154,7 @@ class Batcher:
 
 
 def build(group: Group) -> Batch:
-    """The group as the replica wants it: by input, then by member."""
+    """The group as the replica wants it: by input, then by member; None where one was left out."""
     members = group.members
     outputs = members[0].outputs
     if any(entry.outputs != outputs for entry in members):

@@ -49,7 +49,9 @@ class Contract:
         self._names = frozenset(entry.name for entry in config.input)
         self._outputs = {entry.name: entry for entry in config.output}
         self._all_outputs = tuple(sorted(self._outputs))
-        self._one_shape = all(entry.fixed for entry in self._inputs)
+        self._required = frozenset(entry.name for entry in config.input if not entry.optional)
+        self._all_required = len(self._required) == len(self._names)
+        self._one_shape = self._all_required and all(entry.fixed for entry in self._inputs)
 
     def admit(self, request: InferRequest) -> Work:
         """Raises InvalidArgument or Unsupported; what it lets through, any batch can take."""
@@ -57,7 +59,11 @@ class Contract:
         outputs = self._admit_outputs(request.outputs)
         tensors = self._by_name(request.inputs)
         rows = self._rows(request.inputs) if self._max_rows else 1
-        arrays = tuple(self._view(entry, tensors[entry.name]) for entry in self._inputs)
+        arrays: tuple[Array | None, ...]
+        if self._all_required:
+            arrays = tuple(self._view(entry, tensors[entry.name]) for entry in self._inputs)
+        else:
+            arrays = self._present_views(tensors)
         return Work(rows, () if self._one_shape else self._key(tensors), arrays, outputs)
 
     def answer(
@@ -90,7 +96,9 @@ class Contract:
             names = [tensor.name for tensor in inputs]
             twice = next(name for name in names if names.count(name) > 1)
             raise InvalidArgument(f"input '{twice}' already exists in request")
-        if len(tensors) != len(self._names):
+        if not self._all_required:
+            self._check_required(tensors)
+        elif len(tensors) != len(self._names):
             missing = [entry.name for entry in self._inputs if entry.name not in tensors]
             raise InvalidArgument(
                 f"expected {len(self._names)} inputs but got {len(tensors)} inputs for model "
@@ -103,6 +111,17 @@ class Contract:
                     f"unexpected inference input '{name}' for model '{self._model}'"
                 )
         return tensors
+
+    def _check_required(self, tensors: Mapping[str, Tensor]) -> None:
+        names = [entry.name for entry in self._inputs]
+        missing = [name for name in names if name in self._required and name not in tensors]
+        if missing or len(tensors) > len(self._names):
+            raise InvalidArgument(
+                f"expected number of inputs between {len(self._required)} and {len(self._names)} "
+                f"but got {len(tensors)} inputs for model '{self._model}'. Got input(s) "
+                f"{_listed(tensors)}, but missing required input(s) {_listed(missing)}. Please "
+                "provide all required input(s)."
+            )
 
     def _rows(self, inputs: tuple[Tensor, ...]) -> int:
         rows = -1
@@ -151,9 +170,21 @@ class Contract:
             return tensor.data.reshape((*batch, *_fill(entry.reshape, entry.dims, shape)))
         return tensor.data
 
+    def _present_views(self, tensors: Mapping[str, Tensor]) -> tuple[Array | None, ...]:
+        return tuple(
+            self._view(entry, tensors[entry.name]) if entry.name in tensors else None
+            for entry in self._inputs
+        )
+
     def _key(self, tensors: Mapping[str, Tensor]) -> Hashable:
         skip = 1 if self._max_rows else 0
-        return tuple(tensors[entry.name].shape[skip:] for entry in self._inputs)
+        if self._all_required:
+            return tuple(tensors[entry.name].shape[skip:] for entry in self._inputs)
+        # Only requests that leave out the same inputs share a batch.
+        return tuple(
+            tensors[entry.name].shape[skip:] if entry.name in tensors else None
+            for entry in self._inputs
+        )
 
     # --- the client's view -----------------------------------------------------------------------
 

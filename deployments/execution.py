@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 
-from configs.model import ModelConfig
+from configs.model import ModelConfig, ModelInput
 from configs.parameters import ModelParameters
 
 from . import runtimes
@@ -144,7 +144,7 @@ class Execution:
         bad: dict[int, MantaError] = {}
         batching = self._config.max_batch_size > 0
         for index, tensor in enumerate(self._config.input):
-            if tensor.data_type == "TYPE_STRING":
+            if tensor.data_type == "TYPE_STRING" and not _is_absent(tensor, batch, index, members):
                 for k in members:
                     array = _member(batch, index, k)
                     try:
@@ -156,6 +156,9 @@ class Execution:
         good = tuple(k for k in members if k not in bad)
         inputs: list[runtimes.Value | None] = []
         for index, tensor in enumerate(self._config.input if good else ()):
+            if _is_absent(tensor, batch, index, members):
+                inputs.append(None)
+                continue
             if tensor.data_type == "TYPE_STRING":
                 inputs.append([text for k in good for text in strings[index, k]])
                 continue
@@ -197,9 +200,14 @@ def _member(batch: Batch, index: int, k: int) -> Array | None:
     return rows
 
 
+def _is_absent(tensor: ModelInput, batch: Batch, index: int, members: Sequence[int]) -> bool:
+    """Whether an optional input was left out: by all members, as the Router sees to it."""
+    return tensor.optional and all(_member(batch, index, k) is None for k in members)
+
+
 def _present(array: Array | None, name: str) -> Array:
     if array is None:
-        raise ExecutionFailed(f"input '{name}' is absent, and optional inputs are not supported")
+        raise ExecutionFailed(f"input '{name}' is absent from a request of this batch")
     return array
 
 

@@ -1,40 +1,37 @@
 """Naming: which model input or output a configured tensor means. One grammar for all runtimes.
 
-Owns names (spec/backend.md §2.2, §2.3, §3): `x__N`, forward arguments, `ARGS[..]`, `KWARGS[..]`,
-`RESULT[..]` and dictionary keys. Knows no torch: runtimes describe themselves as a `Signature` and
-call `bind`.
+Owns names of outputs and of packages, dictionary keys and what strings may be; the inputs of
+`forward` are `arguments.py`, the grammar itself `structure.py`. Knows no torch: runtimes describe
+themselves as a `Signature` and call `bind`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 
-Path: TypeAlias = tuple[str | int, ...]
+from . import arguments
+from .structure import (
+    STRINGS,
+    TENSOR,
+    Argument,
+    Forward,
+    Path,
+    Slot,
+    Structure,
+    accessors,
+    canonical,
+    inside,
+    names_inside,
+    ordinal,
+    told,
+)
 
-_ACCESSOR = re.compile(r'\[([^\[\]"\s]+)\]')
-_ROOTS = ("ARGS", "KWARGS", "RESULT")
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One tensor that goes into or comes out of the model.
-
-    `position` counts flattened tensors; -1 where only `path` says where it is. `path` is the way
-    from the root ("ARGS", 2, "keyA"), without the word RESULT for outputs. `argument` is the name
-    in `forward`, `strings` whether that takes a list of strings, each as far as it is known.
-    """
-
-    position: int
-    name: str
-    path: Path = ()
-    argument: str | None = None
-    strings: bool | None = None
+__all__ = ["Binding", "Path", "Signature", "Slot", "accessors", "bind", "canonical", "ordinal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class Signature:
     """What a loaded model offers. None: unknown until it runs.
 
     `closed` means that the names are all there is (AOTI), so that nothing falls back to the
-    order of the configuration.
+    order of the configuration. `forward` says more of models that are called by their arguments.
     """
 
     inputs: tuple[Slot, ...] | None
@@ -50,6 +47,16 @@ class Signature:
     dict_input: bool = False
     closed: bool = False
     strings: bool = True
+    forward: Forward | None = None
+
+    @property
+    def called(self) -> Forward:
+        """`forward` as far as it is known."""
+        if self.forward is not None:
+            return self.forward
+        if self.inputs is None:
+            return Forward((), frozenset(("ARGS", "KWARGS")), by_order=True)
+        return Forward(tuple(Argument(slot.argument or "", _leaf(slot)) for slot in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +67,8 @@ class Binding:
     outputs: tuple[Slot, ...]
 
 
-def ordinal(name: str) -> int | None:
-    """`n` of `anything__n`; nothing after the first `__` means 0 (spec §2.2)."""
-    _, mark, digits = name.partition("__")
-    if not mark or (digits and not (digits.isascii() and digits.isdigit())):
-        return None
-    return int(digits or 0)
-
-
-def accessors(name: str) -> Path | None:
-    """`ARGS[2][keyA]` as ("ARGS", 2, "keyA"), or None when the name is not of that form."""
-    root = name.partition("[")[0]
-    if root not in _ROOTS:
-        return None
-    rest = name[len(root) :]
-    steps = _ACCESSOR.findall(rest)
-    if sum(len(step) + 2 for step in steps) != len(rest):
-        return None
-    return (root, *(int(step) if step.isascii() and step.isdigit() else step for step in steps))
-
-
-def canonical(path: Path) -> str:
-    return str(path[0]) + "".join(f"[{step}]" for step in path[1:])
+def _leaf(slot: Slot) -> Structure:
+    return STRINGS if slot.strings else TENSOR
 
 
 def bind(config: ModelConfig, signature: Signature) -> Binding:
@@ -89,27 +76,25 @@ def bind(config: ModelConfig, signature: Signature) -> Binding:
     if not config.output:
         reason = "model configuration must contain at least one output, none were specified"
         raise ConfigError(reason, field="output")
-    _check_count(config, signature)
+    if signature.closed:
+        _check_count(config, signature)
     for kind, tensors in (("input", config.input), ("output", config.output)):
         for index, tensor in enumerate(tensors):
             _check_strings(config, signature, f"{kind}[{index}]", tensor)
     inputs = _bind_inputs(config, signature)
-    outputs = _bind_outputs(config, signature)
-    _check_inputs(config, signature, inputs)
-    return Binding(inputs, outputs)
+    if not config.input:
+        raise ConfigError("model configuration must contain at least one input", field="input")
+    return Binding(inputs, _bind_outputs(config, signature))
 
 
 def _check_count(config: ModelConfig, signature: Signature) -> None:
-    if signature.inputs is not None and not signature.dict_input:
-        expected, provided = len(config.input), len(signature.inputs)
-        if expected != provided:
-            raise ConfigError(
-                f"unable to load model '{config.name}', configuration expects {expected} inputs, "
-                f"model provides {provided}" + _offer(signature.inputs),
-                field="input",
-            )
-    if not config.input:
-        raise ConfigError("model configuration must contain at least one input", field="input")
+    expected, provided = len(config.input), len(signature.inputs or ())
+    if expected != provided:
+        raise ConfigError(
+            f"unable to load model '{config.name}', configuration expects {expected} inputs, "
+            f"model provides {provided}" + _offer(signature.inputs),
+            field="input",
+        )
 
 
 def _check_strings(config: ModelConfig, signature: Signature, field: str, tensor: Any) -> None:
@@ -135,91 +120,27 @@ def _check_strings(config: ModelConfig, signature: Signature, field: str, tensor
 
 def _bind_inputs(config: ModelConfig, signature: Signature) -> tuple[Slot, ...]:
     names = [tensor.name for tensor in config.input]
-    paths = [accessors(name) for name in names]
+    if not (signature.closed or signature.dict_input):
+        return arguments.bind_inputs(config, signature.called)
     if signature.closed:
-        return tuple(
+        slots = tuple(
             _lookup(name, signature.inputs or (), "INPUT", f"input[{i}].name")
             for i, name in enumerate(names)
         )
-    if signature.dict_input:
-        return tuple(_dict_slot(i, name) for i, name in enumerate(names))
-    arguments = {slot.argument: slot for slot in signature.inputs or () if slot.argument}
-    if arguments and all(name in arguments for name in names):
-        return tuple(arguments[name] for name in names)
-    if any(path and path[0] in ("ARGS", "KWARGS") for path in paths):
-        return tuple(_explicit(i, name, signature) for i, name in enumerate(names))
-    if signature.inputs is None:  # eager: called in config order whatever the names are (§1.4)
-        return tuple(
-            Slot(i, canonical(("ARGS", i)), ("ARGS", i)) for i, _ in enumerate(config.input)
-        )
-    numbers = [ordinal(name) for name in names]
-    if all(number is not None for number in numbers):
-        return tuple(_explicit(i, name, signature) for i, name in enumerate(names))
-    return signature.inputs
+    else:
+        slots = tuple(_dict_slot(i, name) for i, name in enumerate(names))
+    arguments.check_overlaps(config, slots, _offer(signature.inputs))
+    for index, tensor in enumerate(config.input):
+        if tensor.optional:
+            raise arguments.refuse_optional(index, tensor.name)
+    return slots
 
 
 def _dict_slot(index: int, name: str) -> Slot:
     path = accessors(name)
     if path is not None and path[:2] == ("ARGS", 0) and len(path) == 3:
-        return Slot(index, name, path)
+        return Slot(index, name, ("ARGS", 0, str(path[2])))
     return Slot(index, canonical(("ARGS", 0, name)), ("ARGS", 0, name))
-
-
-def _explicit(index: int, name: str, signature: Signature) -> Slot:
-    """A name that says where it goes: `__n`, ARGS or KWARGS."""
-    field = f"input[{index}].name"
-    path, number = accessors(name), ordinal(name)
-    if path is not None and path[0] in ("ARGS", "KWARGS") and len(path) > 1:
-        if signature.inputs is None:
-            return Slot(-1, name, path)
-        for slot in signature.inputs:
-            if path in (slot.path, ("KWARGS", slot.argument)):
-                return slot
-    elif path is None and number is not None:
-        if signature.inputs is None:
-            return Slot(number, canonical(("ARGS", number)), ("ARGS", number))
-        if number < len(signature.inputs):
-            return signature.inputs[number]
-    raise ConfigError(
-        f"input '{name}' is not an input of the model" + _offer(signature.inputs), field=field
-    )
-
-
-def _check_inputs(config: ModelConfig, signature: Signature, slots: Sequence[Slot]) -> None:
-    taken: dict[Path, str] = {}
-    for index, (tensor, slot) in enumerate(zip(config.input, slots, strict=True)):
-        field = f"input[{index}]"
-        for path, other in taken.items():
-            shorter = min(len(path), len(slot.path))
-            if path[:shorter] == slot.path[:shorter]:
-                raise ConfigError(
-                    f"input '{tensor.name}' and input '{other}' are the same input of the model, "
-                    f"{slot.name}" + _offer(signature.inputs),
-                    field=f"{field}.name",
-                )
-        taken[slot.path] = tensor.name
-        if tensor.optional and (signature.inputs is not None or signature.dict_input):
-            reason = f"input '{tensor.name}': the PyTorch backend does not support optional input"
-            raise ConfigError(reason, field=f"{field}.optional")
-        is_string = tensor.data_type == "TYPE_STRING"
-        if slot.strings is not None and slot.strings != is_string:
-            wanted = "List[str]" if slot.strings else "Tensor"
-            raise ConfigError(
-                f"input '{tensor.name}' is {tensor.data_type}, and the model takes {wanted} "
-                f"for {slot.name}",
-                field=f"{field}.data_type",
-            )
-    _check_positional_gaps(slots, signature)
-
-
-def _check_positional_gaps(slots: Sequence[Slot], signature: Signature) -> None:
-    if signature.inputs is not None or signature.dict_input:
-        return
-    given = {slot.path[1] for slot in slots if slot.path[0] == "ARGS"}
-    for place in range(len(given)):
-        if place not in given:
-            listed = ", ".join(slot.name for slot in slots)
-            raise ConfigError(f"no input is named ARGS[{place}]; got {listed}", field="input")
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -232,14 +153,19 @@ def _bind_outputs(config: ModelConfig, signature: Signature) -> tuple[Slot, ...]
             _lookup(name, signature.outputs or (), "OUTPUT", f"output[{i}].name")
             for i, name in enumerate(names)
         )
+    result = signature.called.result
     if any(path and path[0] == "RESULT" for path in map(accessors, names)):
-        return tuple(_result(i, name) for i, name in enumerate(names))
-    numbers = [ordinal(name) for name in names]
-    # Only a signature of known inputs is TorchScript; eager results go by config order (§1.4).
-    known = signature.inputs is not None or signature.dict_input
-    if known and all(number is not None for number in numbers):
-        return tuple(Slot(number or 0, f"OUTPUT__{number}") for number in numbers)
-    return tuple(Slot(index, f"OUTPUT__{index}") for index, _ in enumerate(names))
+        slots = tuple(_result(i, name) for i, name in enumerate(names))
+    else:
+        numbers = [ordinal(name) for name in names]
+        # Eager results go by config order, as in Triton.
+        by_order = signature.called.by_order and not signature.dict_input
+        if by_order or any(number is None for number in numbers):
+            numbers = [*range(len(names))]
+        slots = tuple(Slot(number or 0, f"OUTPUT__{number}") for number in numbers)
+    for index, (name, slot) in enumerate(zip(names, slots, strict=True)):
+        _check_output(name, slot, result, f"output[{index}].name")
+    return slots
 
 
 def _result(index: int, name: str) -> Slot:
@@ -252,6 +178,37 @@ def _result(index: int, name: str) -> Slot:
         f"output '{name}' is neither RESULT[..] nor OUTPUT__n, and other outputs are",
         field=f"output[{index}].name",
     )
+
+
+def _check_output(name: str, slot: Slot, result: Structure, field: str) -> None:
+    """As far as the return type tells. What it leaves open shows in the first run."""
+    if slot.position >= 0:
+        count = 1 if result.what in ("tensor", "strings") else len(result.items)
+        known = result.what in ("tensor", "strings", "tuple") and result.whole
+        if known and slot.position >= count:
+            raise ConfigError(
+                f"The output {name} in the model configuration refers to an output index which "
+                f"doesn't exist. This model has {count} outputs" + _results(result),
+                field=field,
+            )
+        return
+    found = inside(result, slot.path)
+    if found is None:
+        raise ConfigError(
+            f"The output {name} in the model configuration refers to an output which doesn't "
+            f"exist. This model returns {result.text}" + _results(result),
+            field=field,
+        )
+    if not found.is_leaf:
+        raise ConfigError(
+            f"output '{name}': the model returns {found.text} there, which is no Tensor and no "
+            "List[str]" + _results(result),
+            field=field,
+        )
+
+
+def _results(result: Structure) -> str:
+    return told(names_inside(result, "RESULT"))
 
 
 def _lookup(name: str, slots: Sequence[Slot], word: str, field: str) -> Slot:
@@ -267,5 +224,4 @@ def _lookup(name: str, slots: Sequence[Slot], word: str, field: str) -> Slot:
 def _offer(slots: Sequence[Slot] | None, word: str = "INPUT") -> str:
     if slots is None:
         return ""
-    offers = [f"{slot.name} ({slot.argument or f'{word}__{slot.position}'})" for slot in slots]
-    return "; it offers " + (", ".join(offers) or "nothing")
+    return told(f"{slot.name} ({slot.argument or f'{word}__{slot.position}'})" for slot in slots)

@@ -124,7 +124,7 @@ class _Flat(nn.Module):
     def _run(self, inputs: list[Any]) -> list[Any]:
         (original,), (inner,) = self._original, self._call
         if isinstance(original, eager.Eager):
-            arguments, keywords = eager.arrange(original.binding, inputs)
+            arguments, keywords = original.arrange(inputs)
             result = inner(*arguments, **keywords)
             return pick(result, self._config, original.binding, list_is_tuple=True)
         result = inner(*original.arrange(inputs))

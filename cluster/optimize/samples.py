@@ -60,6 +60,10 @@ def check_config(config: ModelConfig) -> None:
     for name, data_type in types:
         if data_type == "TYPE_STRING":
             raise OptimizeError(f"'{name}' is TYPE_STRING: compiled models have only tensors")
+    for tensor in config.input:
+        if tensor.optional:
+            reason = "is optional: a compiled model always takes all its inputs"
+            raise OptimizeError(f"input '{tensor.name}' {reason}")
 
 
 def build(

@@ -12,7 +12,8 @@ from typing import Any
 from configs.errors import ConfigError
 from deployments.signature import Path, Signature, Slot, canonical
 
-_CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict")
+_DICTS = ("builtins.dict", "collections.OrderedDict")
+_CONTAINERS = ("builtins.tuple", "builtins.list", *_DICTS)
 
 
 def parse_call_spec(input_spec: str, output_spec: str) -> Signature:
@@ -22,11 +23,12 @@ def parse_call_spec(input_spec: str, output_spec: str) -> Signature:
     kinds = [half.get("type") for half in halves]
     if root.get("type") != "builtins.tuple" or kinds != ["builtins.tuple", "builtins.dict"]:
         raise _spec_error("input", "its root is not a tuple and a dict")
-    if not halves[0].get("children_spec"):
-        raise _spec_error("input", "the model has no positional input; export it with one")
-    paths = [*_leaves(halves[0], ("ARGS",), "input")]
-    if halves[1].get("children_spec"):
-        paths += _leaves(halves[1], ("KWARGS",), "input")
+    paths: list[Path] = []
+    for half, name in zip(halves, ("ARGS", "KWARGS"), strict=True):
+        if half.get("children_spec"):
+            paths += _leaves(half, (name,), "input")
+    if not paths:
+        raise _spec_error("input", "the model has no inputs")
     inputs = tuple(Slot(i, canonical(path), path, strings=False) for i, path in enumerate(paths))
     outputs = tuple(
         Slot(i, canonical(path), path[1:])
@@ -57,7 +59,7 @@ def _leaves(node: dict[str, Any], path: Path, kind: str) -> Iterator[Path]:
     if not children:
         raise _spec_error(kind, f"{at} is an empty {type_name.partition('.')[2]}")
     keys: Sequence[str | int] = range(len(children))
-    if type_name == "builtins.dict":
+    if type_name in _DICTS:
         keys = _keys(node.get("context"), at, kind)
         if len(keys) != len(children):
             raise _spec_error(kind, f"{at} has {len(keys)} keys and {len(children)} values")

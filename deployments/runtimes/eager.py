@@ -1,6 +1,6 @@
 """Eager models: an nn.Module class in a .py file, weights beside it (spec/backend.md §1.4).
 
-Owns the import, the state dict, `torch.compile` and the call. The file is the repository owner's
+Owns the import, the weights, `torch.compile` and the call. The file is the repository owner's
 code and runs with the replica's rights; weights are never unpickled beyond plain tensors.
 """
 
@@ -27,7 +27,8 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments.signature import Binding, Signature, bind
 
-from . import Value, faults, place
+from . import Value, faults, hints, place
+from .arrangement import Arrangement
 from .outputs import pick
 
 logger = logging.getLogger("manta.runtimes")
@@ -43,18 +44,20 @@ class Eager:
         module: torch.nn.Module,
         call: Any,
         config: ModelConfig,
+        signature: Signature,
         binding: Binding,
         device: torch.device,
     ) -> None:
         self.module = module
         self._call = call
         self._config = config
-        self.signature = Signature(None, strings=False)
+        self.signature = signature
         self.binding = binding
+        self._arrangement = Arrangement(config, binding, signature.called)
         self.device = device
 
     def run(self, inputs: Sequence[Value | None]) -> list[object]:
-        arguments, keywords = arrange(self.binding, inputs)
+        arguments, keywords = self.arrange(inputs)
         result = self._call(*arguments, **keywords)
         found = pick(result, self._config, self.binding, list_is_tuple=True)
         # The module may return a tensor that it keeps and changes in its next run; a host tensor
@@ -64,32 +67,14 @@ class Eager:
             for v in found
         ]
 
+    def arrange(self, inputs: Sequence[Value | None]) -> tuple[list[Any], dict[str, Any]]:
+        """Inputs in config order as the positional and keyword arguments of `forward`."""
+        return self._arrangement.pack(inputs)
+
     def weight_pointer(self) -> int:
         for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
             return int(tensor.data_ptr())
         return 0
-
-
-def arrange(binding: Binding, inputs: Sequence[Value | None]) -> tuple[list[Any], dict[str, Any]]:
-    """Puts each input where its path says; what lies deeper than one step is a dict or a tuple."""
-    positional: dict[Any, Any] = {}
-    keywords: dict[Any, Any] = {}
-    for slot, value in zip(binding.inputs, inputs, strict=True):
-        node = positional if slot.path[0] == "ARGS" else keywords
-        for step in slot.path[1:-1]:
-            node = node.setdefault(step, {})
-        node[slot.path[-1]] = value
-    arguments = [_container(positional[i]) for i in range(len(positional))]
-    return arguments, {str(key): _container(value) for key, value in keywords.items()}
-
-
-def _container(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    built = {key: _container(value) for key, value in node.items()}
-    if all(isinstance(key, int) for key in built) and sorted(built) == [*range(len(built))]:
-        return tuple(built[key] for key in range(len(built)))
-    return built
 
 
 def load(
@@ -99,8 +84,9 @@ def load(
     options = dict(parameters.torch_compile_optional_parameters)
     if not options.get("disable"):
         _check_compiler(options, where)
-    binding = bind(config, Signature(None, strings=False))
     module = _construct(_import(path, where), where)
+    signature = Signature(None, strings=False, forward=hints.describe(module))
+    binding = bind(config, signature)
     _load_weights(module, path, config, "cpu" if kind == "KIND_MODEL" else device)
     target = torch.device(device)
     if kind == "KIND_MODEL":
@@ -118,7 +104,7 @@ def load(
     except (TypeError, RuntimeError, ValueError) as error:
         reason = f"torch.compile refused its parameters: {faults.clean_text(error)}"
         raise ConfigError(reason, file=where, field=_COMPILE) from error
-    return Eager(module, call, config, binding, target)
+    return Eager(module, call, config, signature, binding, target)
 
 
 def _warn_of_order(module: torch.nn.Module, config: ModelConfig) -> None:
@@ -212,9 +198,63 @@ def _construct(source: ModuleType, where: str) -> torch.nn.Module:
 
 
 def _load_weights(module: torch.nn.Module, path: Path, config: ModelConfig, device: str) -> None:
-    weights = path.with_suffix(".pt")
-    if not weights.is_file():
-        return  # Fine: the constructor's own weights (§1.4)
+    """From what lies beside the file under its name; without, the constructor's own are fine."""
+    weights, tensors = path.with_suffix(".pt"), path.with_suffix(".safetensors")
+    if weights.is_file() and tensors.is_file():
+        raise ConfigError(
+            f"there are weights in {weights.name} and in {tensors.name}; keep one of them",
+            file=place(tensors, config),
+        )
+    if tensors.is_file():
+        _load_safetensors(module, tensors, config, device)
+    elif weights.is_file():
+        _load_state_dict(module, weights, config, device)
+
+
+def _load_safetensors(
+    module: torch.nn.Module, tensors: Path, config: ModelConfig, device: str
+) -> None:
+    where = place(tensors, config)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        reason = "the package safetensors is missing; install manta-server[safetensors]"
+        raise ConfigError(reason, file=where) from error
+    try:
+        state = load_file(tensors, device=device)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = f"this is not a file of safetensors: {_first_line(error)}"
+        raise ConfigError(reason, file=where) from error
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(faults.clean_text(error), file=where) from error
+    own = module.state_dict()
+    # The format holds a tensor once, under one of its names: the others are not missing.
+    filled = {_memory(own[name]) for name in state if name in own}
+    missing = [n for n in missing if n not in own or _memory(own[n]) not in filled]
+    wrong = [
+        f"{what} key(s) in the weights: {', '.join(map(repr, sorted(names)))}"
+        for what, names in (("Missing", missing), ("Unexpected", unexpected))
+        if names
+    ]
+    if wrong:
+        name = type(module).__name__
+        raise ConfigError(f"the weights do not fit {name}: {'; '.join(wrong)}", file=where)
+
+
+def _memory(tensor: Any) -> object:
+    """What two names of one tensor have in common; what is no tensor is only itself."""
+    if not isinstance(tensor, torch.Tensor):
+        return id(tensor)
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _load_state_dict(
+    module: torch.nn.Module, weights: Path, config: ModelConfig, device: str
+) -> None:
     where = place(weights, config)
     try:
         state = torch.load(weights, map_location=device, weights_only=True)

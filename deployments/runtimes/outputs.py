@@ -64,6 +64,8 @@ def _walk(result: Any, path: tuple[str | int, ...], name: str) -> object:
                 value = value[step] if step in value else value[str(step)]
             elif isinstance(value, (tuple, list)) and isinstance(step, int):
                 value = value[step]
+            elif isinstance(value, tuple) and step in getattr(value, "_fields", ()):
+                value = getattr(value, str(step))
             else:
                 raise KeyError(step)
         except (KeyError, IndexError):

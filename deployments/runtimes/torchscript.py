@@ -1,6 +1,7 @@
 """TorchScript: `torch.jit` modules, scripted, traced or frozen (spec/backend.md §2).
 
-Owns loading, the schema checks of §2.1 and the call. Thread and process settings are elsewhere.
+Owns loading and the call; what `forward` takes is read by `schema.py`. Thread and process settings
+are elsewhere.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
-from deployments.signature import Binding, Signature, Slot, bind, canonical
+from deployments.signature import Binding, Signature, bind
 
-from . import Value, archives, faults, place
+from . import Value, archives, faults, place, schema
+from .arrangement import Arrangement
 from .outputs import pick
 
 
@@ -40,8 +42,7 @@ class TorchScript:
         self.binding = binding
         self.device = device
         self._frozen = frozen
-        self._keys = [str(slot.path[-1]) for slot in binding.inputs]
-        self._order = [slot.position for slot in binding.inputs]
+        self._arrangement = Arrangement(config, binding, signature.called)
 
     def run(self, inputs: Sequence[Value | None]) -> list[object]:
         result = self.module(*self.arrange(inputs))
@@ -49,12 +50,7 @@ class TorchScript:
 
     def arrange(self, inputs: Sequence[Value | None]) -> list[Any]:
         """Inputs in config order as the arguments of `forward`."""
-        if self.signature.dict_input:
-            return [dict(zip(self._keys, inputs, strict=True))]
-        arguments: list[Any] = [None] * len(inputs)
-        for position, value in zip(self._order, inputs, strict=True):
-            arguments[position] = value
-        return arguments
+        return self._arrangement.pack(inputs)[0]  # a loaded module takes all by position
 
     def weight_pointer(self) -> int:
         for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
@@ -83,7 +79,7 @@ def load(
         text = f"failed to load model '{config.name}': {faults.clean_text(error)}"
         raise ConfigError(text, file=where) from error
     inputs_at = target if target is not None else _settle(module)
-    signature = describe(module, config.name)
+    signature = schema.describe(module, config.name, schema.named_fields(path))
     if parameters.enable_freezing:
         module = _freeze(module, where)
     binding = bind(config, signature)
@@ -113,26 +109,3 @@ def _settle(module: Any) -> torch.device:
         module.to("cuda:0")
         return torch.device("cuda:0")
     return torch.device("cpu")
-
-
-def describe(module: Any, model: str) -> Signature:
-    """The checks of §2.1 on `forward`; only Tensor, List[str] and one Dict[str, Tensor] pass."""
-    forward = getattr(module, "forward", None)
-    if forward is None:
-        raise ConfigError(f"model '{model}' has no method forward", field="input")
-    arguments = [a for a in forward.schema.arguments if a.type.kind() != "ClassType"]
-    if len(arguments) == 1 and str(arguments[0].type) == "Dict[str, Tensor]":
-        return Signature(None, dict_input=True)
-    slots: list[Slot] = []
-    for position, argument in enumerate(arguments):
-        text = str(argument.type)
-        if text not in ("Tensor", "List[str]"):
-            raise ConfigError(
-                f"forward of model '{model}' takes '{argument.name}' of type {text}; only one "
-                "Dict(str, Tensor), or arguments that are Tensor or List[str], are supported",
-                field="input",
-            )
-        path = ("ARGS", position)
-        strings = text == "List[str]"
-        slots.append(Slot(position, canonical(path), path, argument.name, strings))
-    return Signature(tuple(slots))

@@ -49,7 +49,6 @@ SETTINGS = {
     "input.allow_ragged_batch": "input { allow_ragged_batch: true }",
     "input.is_non_linear_format_io": "input { is_non_linear_format_io: true }",
     "input.is_shape_tensor": "input { is_shape_tensor: true }",
-    "input.optional": "input { optional: true }",
     "instance_group.host_policy": "instance_group { host_policy: 'cpu' }",
     "instance_group.passive": "instance_group { passive: true }",
     "instance_group.profile": "instance_group { profile: '0' }",
@@ -106,13 +105,6 @@ def test_each_is_refused_by_name(refusal):
     assert refusal.reason in str(caught.value)
 
 
-def test_optional_input_has_the_text_of_triton():
-    with pytest.raises(
-        ConfigError, match=r"input\[1\].optional: .*does not support optional input"
-    ):
-        refuse_unsupported(_proto("input { } input { optional: true }"))
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -121,7 +113,7 @@ def test_optional_input_has_the_text_of_triton():
         "optimization { graph { level: 0 } input_pinned_memory { enable: true } }",
         "optimization { priority: PRIORITY_DEFAULT cuda { graphs: false } }",
         "dynamic_batching { default_queue_policy { } preserve_ordering: false }",
-        "input { optional: false }",
+        "input { optional: false } input { optional: true }",
     ],
 )
 def test_what_says_nothing_is_accepted(text):

@@ -114,7 +114,12 @@ def test_without_batching_each_member_runs_by_itself(start):
     [
         (models.Scalar(), {"y": (4,)}, InvalidArgument, "output 'y' is a scalar"),
         (models.TensorList(), {"y": (4,)}, ExecutionFailed, "PyTorch execute failure: output must"),
-        (models.identity(), {"y__3": (4,)}, InvalidArgument, "This model has 1 outputs"),
+        (
+            models.TensorList(),
+            {"RESULT[3]": (4,)},
+            InvalidArgument,
+            "returned list(Tensor, Tensor)",
+        ),
     ],
 )
 def test_errors_of_the_whole_batch(start, module, outputs, error, text):

@@ -27,6 +27,13 @@ def test_bare_and_one_element_results():
     assert [s.name for s in one.outputs or ()] == ["RESULT[0]"]
 
 
+def test_keywords_alone_and_ordered_dictionaries():
+    ordered = node("collections.OrderedDict", LEAF, LEAF, keys=["z", "a"])
+    made = spec([], node("builtins.dict", LEAF, keys=["k"]), result=ordered)
+    assert [s.name for s in made.inputs or ()] == ["KWARGS[k]"]
+    assert [s.name for s in made.outputs or ()] == ["RESULT[z]", "RESULT[a]"]
+
+
 def test_nested_keywords_keep_their_order():
     inner = node("builtins.dict", LEAF, LEAF, keys=["z", "a"])
     made = spec([LEAF], node("builtins.dict", inner, LEAF, keys=["k2", "k1"]))
@@ -41,9 +48,9 @@ def test_nested_keywords_keep_their_order():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "no positional input"),
+        ([], "the model has no inputs"),
         ([node("builtins.list")], "empty list"),
-        ([node("collections.OrderedDict", LEAF, keys=["a"])], r"ARGS\[0\] is a collections.Ord"),
+        ([node("collections.namedtuple", LEAF)], r"ARGS\[0\] is a collections.namedtuple"),
         ([node("builtins.dict", LEAF, keys=["a b"])], "key 'a b'"),
         ([node("builtins.dict", LEAF, keys=['a"'])], "key"),
         ([node("builtins.dict", LEAF, keys=["a[0]"])], "key"),

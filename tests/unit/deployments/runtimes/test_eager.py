@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 from configs.errors import ConfigError
@@ -50,6 +51,71 @@ def test_without_weights(tmp_path):
 def test_state_dict_beside_it(tmp_path):
     path = models.save_eager(SCALE, tmp_path, state={"w": torch.full((4,), 5.0)})
     assert torch.equal(load(path, *ONE).run([A])[0], A * 5)
+
+
+TIED = (
+    HEAD
+    + """
+class Tied(Module):
+    def __init__(self):
+        super().__init__()
+        self.a = Linear(4, 4, bias=False)
+        self.b = Linear(4, 4, bias=False)
+        self.b.weight = self.a.weight
+    def forward(self, x):
+        return self.b(self.a(x))
+"""
+)
+
+
+def test_safetensors_beside_it(tmp_path):
+    path = models.save_eager(SCALE, tmp_path)
+    safetensors.save_file({"w": torch.full((4,), 7.0)}, path.with_suffix(".safetensors"))
+    assert torch.equal(load(path, *ONE).run([A])[0], A * 7)
+
+
+@pytest.mark.parametrize("names", [("a.weight",), ("b.weight",), ("a.weight", "b.weight")])
+def test_safetensors_of_tied_weights(tmp_path, names):
+    """The format holds a tensor once; files that hold a copy under each name are as good."""
+    path = models.save_eager(TIED, tmp_path)
+    weights = {name: torch.eye(4) * 3 for name in names}
+    safetensors.save_file(weights, path.with_suffix(".safetensors"))
+    assert torch.equal(load(path, *ONE).run([A])[0], A * 9)
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({"v": torch.ones(4)}, "do not fit Scale: Missing key.* 'w'; Unexpected key.* 'v'"),
+        ({"w": torch.ones(3)}, "size mismatch"),
+        (None, "not a file of safetensors"),
+    ],
+)
+def test_wrong_safetensors(tmp_path, state, text):
+    path = models.save_eager(SCALE, tmp_path)
+    weights = path.with_suffix(".safetensors")
+    if state is None:
+        weights.write_bytes(b"no such thing")
+    else:
+        safetensors.save_file(state, weights)
+    with pytest.raises(ConfigError, match=text) as caught:
+        load(path, *ONE)
+    assert caught.value.args[1] == "model/1/model.safetensors"
+
+
+def test_weights_in_both_forms(tmp_path):
+    path = models.save_eager(SCALE, tmp_path, state={"w": torch.ones(4)})
+    safetensors.save_file({"w": torch.ones(4)}, path.with_suffix(".safetensors"))
+    with pytest.raises(ConfigError, match="weights in model.pt and in model.safetensors; keep one"):
+        load(path, *ONE)
+
+
+def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
+    path = models.save_eager(SCALE, tmp_path)
+    safetensors.save_file({"w": torch.ones(4)}, path.with_suffix(".safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ConfigError, match=r"install manta-server\[safetensors\]"):
+        load(path, *ONE)
 
 
 @pytest.mark.parametrize(

@@ -51,19 +51,26 @@ def test_gap_in_ordinals_is_a_load_error(tmp_path):
 def test_output_index_that_does_not_exist(tmp_path):
     made = config({"a": (4,), "b": (4,)}, {"OUTPUT__2": (4,)})
     text = "The output OUTPUT__2 .* refers to an output index which doesn't exist. This model has 2"
-    with pytest.raises(InvalidArgument, match=text):
+    with pytest.raises(ConfigError, match=text) as caught:
         run(tmp_path, models.add_sub(), made, A, B)
+    assert caught.value.args[2] == "output[0].name"
+    assert "it offers RESULT[0], RESULT[1]" in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [models.TensorList(), models.Nested()])
 def test_nested_results_need_result_names(tmp_path, module):
+    """The type of a list does not tell how long it is, so that only a run shows it."""
     path = models.save_torchscript(module, tmp_path)
     with pytest.raises(ExecutionFailed, match="PyTorch execute failure: output must be of type"):
         load(path, config({"x": (4,)}, {"OUTPUT__0": (4,), "OUTPUT__1": (4,)})).run([A])
     name = "RESULT[1]" if isinstance(module, models.TensorList) else "RESULT[1][double]"
     assert torch.equal(load(path, config({"x": (4,)}, {name: (4,)})).run([A])[0], A * 2)
-    with pytest.raises(InvalidArgument, match=r"This model returned \w+\(Tensor"):
-        load(path, config({"x": (4,)}, {"RESULT[5]": (4,)})).run([A])
+    if isinstance(module, models.TensorList):
+        with pytest.raises(InvalidArgument, match=r"This model returned list\(Tensor, Tensor\)"):
+            load(path, config({"x": (4,)}, {"RESULT[5]": (4,)})).run([A])
+    else:
+        with pytest.raises(ConfigError, match=r"it offers RESULT\[0\], RESULT\[1\]\[<key>\]"):
+            load(path, config({"x": (4,)}, {"RESULT[5]": (4,)}))
 
 
 class Flag(torch.nn.Module):
