@@ -1,7 +1,7 @@
 """The `manta` command. `manta serve` runs Ray, Serve and the server in the foreground.
 
 Owns the process: preflight, start, SIGINT and SIGTERM, the order of the end, the exit code. What it
-serves is `deployments.app`; `manta optimize` is a room of its own, `cluster.optimize`.
+serves is `deployments.app`; `manta check` and `manta optimize` are rooms of their own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ USAGE = """\
 usage: manta COMMAND ...
 
   manta serve --model-repository=PATH ...   serve a model repository
+  manta check PATH ...                      validate a repository without serving it
   manta optimize PATH --model NAME ...      make a faster version of a model, checked and measured
 
 manta COMMAND --help tells the options of each."""
@@ -48,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .optimize import command
 
         return command.main(words[1:])
+    if words[0] == "check":
+        from .check import command as check
+
+        return check.main(words[1:])
     if words[0] != "serve":
-        print(f"manta: unknown command '{words[0]}'; there are: serve, optimize", file=sys.stderr)
+        known = "serve, check, optimize"
+        print(f"manta: unknown command '{words[0]}'; there are: {known}", file=sys.stderr)
         return 1
     if any(word in ("-h", "--help") for word in words[1:]):
         print(usage())

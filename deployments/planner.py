@@ -98,6 +98,7 @@ class Planner:
             files = repository.version_files(found, number)
             normal = of_version(normal, files)
             placements = self._place(normal, files, gpus)
+            labels = repository.labels(found, normal)
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.artifact(found, number, normal)  # refuses a missing file by name
@@ -109,7 +110,7 @@ class Planner:
             placements=placements,
             content_hash=content_hash,
             fingerprint=fingerprint(content_hash, placements, self._settings),
-            labels=repository.labels(found, normal),
+            labels=labels,
         )
 
     def _place(

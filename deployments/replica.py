@@ -126,7 +126,8 @@ class ModelReplica:
             for instance in self._instances:
                 instance.close()
             self._instances = []
-            raise errors[0]
+            first = errors[0]
+            raise repository.explain(found, first) if isinstance(first, ConfigError) else first
 
     # --- data path -------------------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""What is wrong with the models of a repository, one finding at a time.
+
+Reads and places as the Controller does, by its Planner, and loads as a replica does, in a process
+that may crash or hang. Prints nothing. Called by `command`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from configs.complete import runtime_kind
+from configs.errors import ConfigError
+from configs.parameters import parse_parameters
+from configs.placement import GroupPlacement
+from configs.server import ServerSettings
+from deployments.errors import MantaError
+from deployments.planner import Plan, Planner
+from deployments.repository import Found, Repository
+
+from . import trial
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    kind: Literal["ok", "error", "warning", "note"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A cluster of one node, as the Planner asks for it."""
+
+    gpus: int
+
+    def gpu_count(self) -> int:
+        return self.gpus
+
+    def resources(self) -> Collection[str]:
+        return [f"manta_gpu_{index}" for index in range(self.gpus)]
+
+
+class Verdicts:
+    """`limit_s` is what loading one version may take; None: nothing is loaded."""
+
+    def __init__(self, roots: Sequence[Path], machine: Machine, limit_s: float | None) -> None:
+        self._repository = Repository(roots)
+        self._repository.check()
+        settings = ServerSettings(model_repository=tuple(map(str, roots)))
+        self._planner = Planner(settings, self._repository, "", machine)
+        self._limit_s = limit_s
+
+    def names(self) -> list[str]:
+        return [found.name for found in self._repository.scan()]
+
+    def of_model(self, name: str) -> Iterator[Finding]:
+        """All findings of one model; raises nothing, whatever the model is like."""
+        with _Warnings() as warnings:
+            try:
+                findings = list(self._of_model(name))
+            except (ConfigError, MantaError) as error:
+                findings = [Finding("error", _named(name, str(error)))]
+        texts = dict.fromkeys(warnings.texts)
+        yield from (Finding("warning", text) for text in texts)
+        yield from dict.fromkeys(findings)  # what holds for all versions is told once
+
+    def _of_model(self, name: str) -> Iterator[Finding]:
+        found = self._repository.find(name)
+        errors = [] if found.error else self._repository.config_errors(found)
+        if errors:
+            yield from (Finding("error", str(error)) for error in errors)
+            return
+        plans, failed = self._planner.plan(name)
+        for reason in failed.values():
+            yield Finding("error", _named(name, reason))
+        for plan in plans:
+            yield from self._of_version(found, plan)
+
+    def _of_version(self, found: Found, plan: Plan) -> Iterator[Finding]:
+        artifact = self._repository.artifact(found, plan.number, plan.config)
+        parameters, warnings = parse_parameters(plan.config, (artifact.name,))
+        yield from (Finding("warning", text) for text in warnings)
+        runtime = runtime_kind(plan.config, (artifact.name,))
+        told = f"{found.name} version {plan.number}"
+        if self._limit_s is None:
+            yield Finding("ok", f"{told}: {runtime}, {_groups(plan)}, not loaded")
+            return
+        seconds, good = 0.0, True
+        for kind, placement in {one.kind: one for one in plan.placements}.items():
+            made = trial.Subject(artifact, plan.config, parameters, kind, placement.gpu)
+            outcome = trial.load(made, self._limit_s)
+            seconds += outcome.seconds
+            good = good and outcome.error is None
+            yield from (Finding("warning", text) for text in outcome.warnings)
+            yield from (Finding("note", f"{told}: {text}") for text in outcome.notes)
+            if outcome.error is not None:
+                yield Finding("error", self._explain(found, outcome.error))
+        if good:
+            yield Finding("ok", f"{told}: {runtime}, {_groups(plan)}, loaded in {seconds:.1f} s")
+
+    def _explain(self, found: Found, error: ConfigError | str) -> str:
+        if isinstance(error, str):
+            return _named(found.name, error)
+        return str(self._repository.explain(found, error))
+
+
+def _groups(plan: Plan) -> str:
+    """`2 instances on KIND_CPU`, and so on for each kind."""
+    counts: dict[str, int] = {}
+    for one in plan.placements:
+        counts[one.kind] = counts.get(one.kind, 0) + _instances(one)
+    return ", ".join(
+        f"{count} instance{'' if count == 1 else 's'} on {kind}" for kind, count in counts.items()
+    )
+
+
+def _instances(placement: GroupPlacement) -> int:
+    return placement.replicas * placement.instances
+
+
+def _named(name: str, text: str) -> str:
+    """Texts of configuration errors begin with the model's directory; others are told theirs."""
+    return text if text.startswith(f"{name}/") else f"{name}: {text}"
+
+
+class _Warnings(logging.Handler):
+    """What is logged here while a model is read."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def __enter__(self) -> _Warnings:
+        logging.getLogger("manta").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("manta").removeHandler(self)
