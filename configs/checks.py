@@ -6,6 +6,7 @@ no hardware: those are `complete.py`, `placement.py` and deployments/repository.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from math import prod
 
@@ -218,7 +219,8 @@ def _groups(config: ModelConfig) -> None:
         names.add(name)
         if group.gpus and group.kind in ("KIND_CPU", "KIND_MODEL"):
             raise ConfigError(
-                f"instance group '{name}' has kind {group.kind} and must not list gpus",
+                f"instance group '{name}' of model '{config.name}' has kind {group.kind} but "
+                "specifies one or more GPUs",
                 field=f"{path}.gpus",
             )
         if len(set(group.gpus)) != len(group.gpus) or min(group.gpus, default=0) < 0:
@@ -226,6 +228,37 @@ def _groups(config: ModelConfig) -> None:
                 f"instance group '{name}' must list each gpu once, by an index from 0",
                 field=f"{path}.gpus",
             )
+
+
+def _host_policies(config: ModelConfig) -> None:
+    """Triton's own names say nothing until a server defines a policy, which this one cannot."""
+    defaults = {"KIND_CPU": "cpu", "KIND_GPU": r"gpu_\d+", "KIND_MODEL": "model"}
+    for index, group in enumerate(config.instance_group):
+        usual = defaults.get(group.kind, "cpu|model|" + defaults["KIND_GPU"])
+        if group.host_policy and not re.fullmatch(usual, group.host_policy):
+            raise ConfigError(
+                f"host policy '{group.host_policy}' is not supported; leave it out, or give the "
+                "default of the group's kind: 'cpu', 'model' or 'gpu_' and a number",
+                field=f"instance_group[{index}].host_policy",
+            )
+
+
+def _files_by_capability(config: ModelConfig) -> None:
+    """Triton passes over keys that no GPU has, and over all of them outside the C++ backend."""
+    if config.cc_model_filenames and (config.runtime or config.backend not in ("", BACKEND)):
+        raise ConfigError(
+            "only TorchScript and AOT Inductor models have files per compute capability",
+            field="cc_model_filenames",
+        )
+    for capability, name in config.cc_model_filenames.items():
+        field = f'cc_model_filenames["{capability}"]'
+        if not re.fullmatch(r"[1-9]\d*\.\d", capability, re.ASCII):
+            raise ConfigError(
+                f"'{capability}' is no compute capability, such as \"9.0\"", field=field
+            )
+        if not name:
+            raise ConfigError("must name a file", field=field)
+        _check_file(name, field)
 
 
 def _file_names(config: ModelConfig) -> None:
@@ -256,5 +289,7 @@ _CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
     _versions,
     _batching,
     _groups,
+    _host_policies,
     _file_names,
+    _files_by_capability,
 )

@@ -52,8 +52,16 @@ def runtime_kind(config: ModelConfig, version_files: Collection[str] = ()) -> Ru
     return "aoti" if config.platform == "torch_aoti" else "torchscript"
 
 
-def artifact_filename(config: ModelConfig, version_files: Collection[str] = ()) -> str:
-    """The file in the version directory that is loaded."""
+def artifact_filename(
+    config: ModelConfig, version_files: Collection[str] = (), capability: str = ""
+) -> str:
+    """The file in the version directory that is loaded.
+
+    `capability` is the compute capability, such as "9.0", of the device of a KIND_GPU instance;
+    instances of other kinds have none and load the default file.
+    """
+    if capability in config.cc_model_filenames:
+        return config.cc_model_filenames[capability]
     if config.default_model_filename:
         return config.default_model_filename
     if config.runtime == checks.PYTHON_RUNTIME:
@@ -72,13 +80,28 @@ def of_version(config: ModelConfig, version_files: Collection[str]) -> ModelConf
     """
     package = DEFAULT_FILES["aoti"]
     wanted = artifact_filename(config, version_files)
-    if wanted in version_files or package not in version_files:
+    own = {wanted, *config.cc_model_filenames.values()}
+    if not own.isdisjoint(version_files) or package not in version_files:
         return config
     if wanted not in DEFAULT_FILES.values():  # a name that somebody has chosen is meant
         return config
     return config.model_copy(
-        update={"platform": "torch_aoti", "runtime": "", "default_model_filename": package}
+        update={
+            "platform": "torch_aoti",
+            "runtime": "",
+            "default_model_filename": package,
+            "cc_model_filenames": {},
+        }
     )
+
+
+def artifact_filenames(config: ModelConfig, version_files: Collection[str] = ()) -> list[str]:
+    """The files of which one must be there before a version can load: only an instance that knows
+    its GPU knows which of them it wants."""
+    default = artifact_filename(config, version_files)
+    if any(group.kind != "KIND_GPU" for group in config.instance_group):
+        return [default]
+    return [default, *config.cc_model_filenames.values()]
 
 
 def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:

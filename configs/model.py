@@ -61,12 +61,17 @@ class VersionPolicy(_Frozen):
 
 
 class InstanceGroup(_Frozen):
-    """`count` instances, per listed GPU for KIND_GPU; 0 until `complete.normalise` fills it."""
+    """`count` instances, per listed GPU for KIND_GPU; 0 until `complete.normalise` fills it.
+
+    Passive instances are loaded and get no requests.
+    """
 
     name: str = ""
     kind: str = "KIND_AUTO"
     count: int = 0
     gpus: tuple[int, ...] = ()
+    passive: bool = False
+    host_policy: str = ""
 
 
 class DynamicBatching(_Frozen):
@@ -87,8 +92,8 @@ class Optimization(_Frozen):
 class ModelConfig(_Frozen):
     """`parameters` holds each parameter's string_value.
 
-    `allow_ragged_batch`, `preserve_ordering` and `cc_model_filenames` keep their
-    defaults: a configuration that sets them is refused before it becomes one of these.
+    `allow_ragged_batch` and `preserve_ordering` keep their defaults: a configuration that sets
+    them is refused before it becomes one of these.
     """
 
     name: str = ""
@@ -105,3 +110,9 @@ class ModelConfig(_Frozen):
     cc_model_filenames: dict[str, str] = {}
     dynamic_batching: DynamicBatching | None = None
     parameters: dict[str, str] = {}
+
+    @property
+    def passive(self) -> bool:
+        """Whether no instance takes requests."""
+        groups = self.instance_group
+        return bool(groups) and all(group.passive for group in groups)

@@ -21,6 +21,8 @@ from .errors import ConfigError
 from .model import ModelConfig
 
 _INT_LIMIT = 2**31 - 1
+_INT_DIGITS = 10  # of the largest of them
+_SHOWN = 100  # characters of a value that an error repeats
 _STEP = 0.0001  # Ray counts fractions of a resource in these
 
 
@@ -55,25 +57,30 @@ class ModelParameters(BaseModel):
 def _bool(text: str) -> bool:
     known = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
     if text.lower() not in known:
-        raise ValueError(f"failed to convert '{text}' to boolean")
+        raise ValueError(f"failed to convert '{text[:_SHOWN]}' to boolean")
     return known[text.lower()]
 
 
 def _leading_int(text: str) -> int:
     """As C++'s stoi: leading blanks and what follows the digits are passed over."""
-    match = re.match(r"\s*([-+]?[0-9]{1,20})", text)
-    if match is None or abs(int(match.group(1))) > _INT_LIMIT:
-        raise ValueError(f"failed to convert '{text}' to integral number")
-    return int(match.group(1))
+    match = re.match(r"[ \t\n\v\f\r]*([-+]?)0*([0-9]+)", text)
+    reason = f"failed to convert '{text[:_SHOWN]}' to integral number"
+    if match is None:
+        raise ValueError(reason)
+    sign, digits = match.groups()
+    value = int(sign + digits[: _INT_DIGITS + 1])
+    if not -_INT_LIMIT - 1 <= value <= _INT_LIMIT:
+        raise ValueError(f"{reason}: it is out of range")
+    return value
 
 
 def _count(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise ValueError(f"failed to convert '{text}' to integral number") from None
+        raise ValueError(f"failed to convert '{text[:_SHOWN]}' to integral number") from None
     if not 1 <= value <= _INT_LIMIT:
-        raise ValueError(f"{value} must be at least 1")
+        raise ValueError(f"{text[:_SHOWN]} must be at least 1 and at most {_INT_LIMIT}")
     return value
 
 
@@ -85,7 +92,7 @@ def _fraction(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"failed to convert '{text}' to a number") from None
+        raise ValueError(f"failed to convert '{text[:_SHOWN]}' to a number") from None
 
 
 def _gpu_fraction(text: str) -> float:
@@ -159,6 +166,8 @@ REFUSED = {
     "TRITON_BATCH_STRATEGY_PATH": "custom batching libraries are not supported",
 }
 
+_REMOVED = {"ENABLE_NVFUSER": "has been removed from PyTorch"}
+
 _TWINS = {
     "NUM_THREADS": "INTRA_OP_THREAD_COUNT",
     "NUM_INTEROP_THREADS": "INTER_OP_THREAD_COUNT",
@@ -219,6 +228,8 @@ def _idle(config: ModelConfig, values: dict[str, Any]) -> list[str]:
 
 def _no_effect(config: ModelConfig, key: str, kind: RuntimeKind) -> str:
     usable = [name for name, rule in RULES.items() if kind in rule.runtimes]
+    if key in _REMOVED:
+        return f"parameter '{key}' of model '{config.name}' {_REMOVED[key]} and is ignored"
     why = "is unknown" if key not in RULES else f"has no effect on the runtime '{kind}'"
     closest = _TWINS.get(key) or next(iter(difflib.get_close_matches(key.upper(), usable, 1)), None)
     hint = f"; did you mean '{closest}'?" if closest else ""
@@ -248,13 +259,15 @@ _SILENT = {  # no line unless the configuration has the key
     "ENABLE_FREEZING",
     "ENABLE_CUDA_GRAPHS",
 }
-_THREADS = {"INTER_OP_THREAD_COUNT": "Inter op", "INTRA_OP_THREAD_COUNT": "Intra op"}
 
 
 def log_lines(
     config: ModelConfig, parameters: ModelParameters, version_files: Collection[str] = ()
 ) -> list[str]:
-    """What the parameters are set to, one line each, when a version loads."""
+    """What the parameters are set to, one line each, when a version loads.
+
+    Thread counts are missing: what torch made of them is said where they are set.
+    """
     kind = runtime_kind(config, version_files)
     describe = _eager_lines if kind == "eager" else _libtorch_lines
     ours = {
@@ -284,8 +297,4 @@ def _libtorch_lines(config: ModelConfig, parameters: ModelParameters) -> list[st
         if kind in RULES[key].runtimes and (key not in _SILENT or key in config.parameters):
             on = not value if key.startswith("DISABLE_") else value
             lines.append(f"{name} is {'enabled' if on else 'disabled'}")
-    for key, name in _THREADS.items():
-        count = getattr(parameters, key.lower())
-        if count is not None:
-            lines.append(f"{name} thread count is set to {count}")
     return [f"{line} for model '{config.name}'" for line in lines]

@@ -175,10 +175,13 @@ def from_proto(proto: Any) -> ModelConfig:
                 kind=pb.ModelInstanceGroup.Kind.Name(g.kind),
                 count=g.count,
                 gpus=tuple(g.gpus),
+                passive=g.passive,
+                host_policy=g.host_policy,
             )
             for g in proto.instance_group
         ),
         default_model_filename=proto.default_model_filename,
+        cc_model_filenames=dict(proto.cc_model_filenames),
         dynamic_batching=DynamicBatching(
             preferred_batch_size=tuple(dynamic.preferred_batch_size),
             max_queue_delay_microseconds=dynamic.max_queue_delay_microseconds,

@@ -34,6 +34,7 @@ class GroupPlacement:
     num_cpus: float
     num_gpus: float
     resources: dict[str, float]
+    passive: bool = False
 
     def without_resources(self) -> GroupPlacement:
         """For nodes that do not advertise their GPUs by index."""
@@ -57,6 +58,18 @@ def plan(
     return tuple(planned)
 
 
+def list_gpus(config: ModelConfig, gpu_count: int) -> ModelConfig:
+    """A normalised configuration whose KIND_GPU groups all say which GPUs they are on."""
+    every = tuple(range(gpu_count))
+    groups = tuple(
+        group.model_copy(update={"gpus": group.gpus or every})
+        if group.kind == "KIND_GPU"
+        else group
+        for group in config.instance_group
+    )
+    return config.model_copy(update={"instance_group": groups})
+
+
 def _place(
     index: int,
     group: InstanceGroup,
@@ -75,6 +88,7 @@ def _place(
         num_cpus=cpus or 0.0,
         num_gpus=0.0,
         resources={},
+        passive=group.passive,
     )
     match group.kind:
         case "KIND_CPU":

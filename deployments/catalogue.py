@@ -65,6 +65,7 @@ class Generation:
         endpoints = tuple(
             Endpoint(one.replica_id, one.node_id, one.instances, one.channel)
             for one in sorted(self._live(deployment), key=lambda one: one.replica_id)
+            if not one.passive
         )
         return Target(deployment, sum(one.instances for one in endpoints), endpoints)
 
@@ -169,6 +170,7 @@ class Catalogue:
             any(target.slots for target in version.current.targets())
             for version in self.versions()
             if version.state is ModelState.READY and version.current is not None
+            if not version.current.config.passive
         )
 
     def snapshot(self, strict: bool) -> Snapshot:

@@ -3,8 +3,8 @@
 MantaError
 ├── InvalidArgument      the request is wrong; sending it again will not help
 ├── NotFound             UnknownModel, UnknownVersion, NoAvailableVersion
-├── Unavailable          NotReady, QueueFull, QueueTimeout, ReplicaLost, ShuttingDown,
-│                        ControlDisabled
+├── Unavailable          NotReady, QueueFull, QueueTimeout, NoActiveInstance, ReplicaLost,
+│                        ShuttingDown, ControlDisabled
 ├── Unsupported          known to the protocol, not done here
 ├── Internal             LoadFailed, ExecutionFailed; also malformed JSON, as Triton has it
 ├── AlreadyExists
@@ -117,6 +117,12 @@ class QueueTimeout(Unavailable):
     """Facts: model name."""
 
     text = "Request timeout expired: model '{0}' had no free instance in time"
+
+
+class NoActiveInstance(Unavailable):
+    """Facts: model name."""
+
+    text = "model '{0}' has no active instances: all its instance groups are passive"
 
 
 class ReplicaLost(Unavailable):

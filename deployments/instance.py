@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -80,6 +80,7 @@ class Instance:
         self.name = name
         self.slots = Slots()
         self.finished_ns = 0
+        self.in_force: Mapping[str, str] = {}  # torch's settings, once loading has begun
         self._artifact = artifact
         self._config = config
         self._parameters = parameters
@@ -225,6 +226,9 @@ class Instance:
         self._state = "loading"
         settings.apply_process(self._parameters, self._runtime_kind)
         settings.apply_thread(self._parameters, self._runtime_kind, self._threads)
+        self.in_force = settings.in_force(self._parameters, self._runtime_kind)
+        for line in settings.thread_lines(self._config, self._parameters, self.in_force):
+            logger.info("%s", line)
         with self._guard():
             if self._cache is None or not self._artifact.is_file():
                 self._runtime = self._load_runtime()

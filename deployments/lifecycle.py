@@ -274,7 +274,11 @@ class Lifecycle:
         lines = dict.fromkeys(line for r in generation.reports.values() for line in r.log)
         for line in lines:
             self._tell(f"{place}: {line}")
-        groups = ", ".join(f"{t.deployment} x {t.slots}" for t in generation.targets())
+        passive = {r.deployment for r in generation.reports.values() if r.passive}
+        groups = ", ".join(
+            f"{t.deployment} passive" if t.deployment in passive else f"{t.deployment} x {t.slots}"
+            for t in generation.targets()
+        )
         self._tell(f"{place} is READY after {duration_s:.1f} s ({groups})")
 
     def _generation(self, plan: Plan) -> Generation:

@@ -18,7 +18,7 @@ from configs.complete import normalise, of_version
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import parse_parameters
-from configs.placement import GroupPlacement
+from configs.placement import GroupPlacement, list_gpus
 from configs.placement import plan as plan_groups
 from configs.server import ServerSettings
 
@@ -45,7 +45,12 @@ class Plan:
 
     @property
     def cpu_instances(self) -> int:
-        return sum(p.replicas * p.instances for p in self.placements if p.kind == "KIND_CPU")
+        """Those that compute."""
+        return sum(
+            p.replicas * p.instances
+            for p in self.placements
+            if p.kind == "KIND_CPU" and not p.passive
+        )
 
 
 class Cluster(Protocol):
@@ -96,12 +101,12 @@ class Planner:
         try:
             normal = normalise(config, repository.first_files(found), gpus > 0)
             files = repository.version_files(found, number)
-            normal = of_version(normal, files)
+            normal = list_gpus(of_version(normal, files), gpus)
             placements = self._place(normal, files, gpus)
             labels = repository.labels(found, normal)
         except ConfigError as error:
             raise repository.explain(found, error) from None
-        repository.artifact(found, number, normal)  # refuses a missing file by name
+        repository.check_artifacts(found, number, normal)
         content_hash = repository.content_hash(found, number, normal)
         return Plan(
             found=found,
@@ -146,6 +151,7 @@ class Planner:
                 max_execution_s=self._settings.max_execution_s,
                 logical_gpus=self._settings.logical_gpus,
                 environment=self._settings.environment,
+                passive=placement.passive,
             )
             for placement in plan.placements
         ]

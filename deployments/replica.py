@@ -97,11 +97,16 @@ class ModelReplica:
                 f"version {spec.version} on this node differs from what the Controller read",
                 file=f"{spec.model_name}/{spec.version}",
             )
-        artifact = repository.artifact(found, spec.version, spec.config)
+        capability = _capability(spec)
+        artifact = repository.artifact(found, spec.version, spec.config, capability)
         files = (artifact.name,)
         parameters, warnings = parse_parameters(spec.config, files)
-        for line in [*warnings, *log_lines(spec.config, parameters, files)]:
+        for line in warnings:
+            logger.warning("%s", line)
+        for line in log_lines(spec.config, parameters, files):
             logger.info("%s", line)
+        if capability:
+            logger.info("Using '%s' for compute capability %s", artifact.name, capability)
         cache = WeightCache() if parameters.enable_weight_sharing else None
         self._instances = [
             Instance(
@@ -220,9 +225,11 @@ class ModelReplica:
             weight_pointers=tuple(instance.weight_pointer() for instance in self._instances),
             channel=self._channel,
             log=tuple(self._log.lines),
+            passive=spec.passive,
             details={
                 "gpu": "" if spec.gpu is None else str(spec.gpu),
                 "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                **(self._instances[0].in_force if self._instances else {}),
                 **self._traffic(),
                 "cuda_launch_blocking": os.environ.get("CUDA_LAUNCH_BLOCKING", ""),
             },
@@ -294,6 +301,15 @@ def _device(spec: ReplicaSpec) -> str:
     if spec.kind == "KIND_GPU" and not spec.logical_gpus:
         return "cuda:0"
     return "cpu"
+
+
+def _capability(spec: ReplicaSpec) -> str:
+    """What the choice of a file needs to know; "" where there is nothing to choose."""
+    if not spec.config.cc_model_filenames or _device(spec) != "cuda:0":
+        return ""
+    from .runtimes.devices import compute_capability
+
+    return compute_capability(_device(spec))
 
 
 async def _run_on(instances: Sequence[Instance], batch: Batch) -> BatchReply:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import pbtxt
-from configs.complete import artifact_filename
+from configs.complete import artifact_filename, artifact_filenames
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 
@@ -174,19 +174,29 @@ class Repository:
             return ()
         return self.version_files(found, int(min(str(version) for version in found.versions)))
 
-    def artifact(self, found: Found, version: int, config: ModelConfig) -> Path:
+    def artifact(
+        self, found: Found, version: int, config: ModelConfig, capability: str = ""
+    ) -> Path:
         """The file that a runtime loads; Unavailable, naming it, where there is none.
 
-        Not resolved: a link keeps its own name, whose suffix says what it is, and its neighbours.
+        `capability` is that of the GPU that it is for. Not resolved: a link keeps its own name,
+        whose suffix says what it is, and its neighbours.
         """
+        files = self.version_files(found, version)
+        return self._first(found, version, [artifact_filename(config, files, capability)])
+
+    def check_artifacts(self, found: Found, version: int, config: ModelConfig) -> None:
+        """Unavailable, naming them, where no instance could find the file that it loads."""
+        files = self.version_files(found, version)
+        self._first(found, version, artifact_filenames(config, files))
+
+    def _first(self, found: Found, version: int, filenames: Sequence[str]) -> Path:
         folder = self._version_folder(found, version)
-        filename = artifact_filename(config, self.version_files(found, version))
-        if not _contained(Path(found.path), f"{version}/{filename}").is_file():
-            raise Unavailable(
-                f"unable to find '{found.name}/{folder.name}/{filename}' "
-                f"for model '{found.name}' version {version}"
-            )
-        return folder / filename
+        for filename in filenames:
+            if _contained(Path(found.path), f"{version}/{filename}").is_file():
+                return folder / filename
+        wanted = "' or '".join(f"{found.name}/{folder.name}/{name}" for name in filenames)
+        raise Unavailable(f"unable to find '{wanted}' for model '{found.name}' version {version}")
 
     def _version_folder(self, found: Found, version: int) -> Path:
         path = _contained(Path(found.path), str(version))
@@ -212,12 +222,15 @@ class Repository:
         return labels
 
     def content_hash(self, found: Found, version: int, config: ModelConfig) -> str:
-        """sha256 over config.pbtxt, the label files and all files of the version directory."""
+        """sha256 over config.pbtxt, the label files and all files of the version directory, and
+        those that the configuration names behind a link to a directory."""
         total = hashlib.sha256()
         model = Path(found.path)
         folder = self._version_folder(found, version)
         named = [CONFIG, *sorted({o.label_filename for o in config.output if o.label_filename})]
-        for relative in [*named, *_walk(folder, model)]:
+        files = {config.default_model_filename, *config.cc_model_filenames.values()} - {""}
+        artifacts = {os.path.normpath(f"{version}/{name}") for name in files}
+        for relative in [*named, *sorted(artifacts.union(_walk(folder, model)))]:
             path = _contained(model, relative)
             if path.is_file():
                 total.update(

@@ -24,7 +24,7 @@ from . import grpc_stubs
 from .batcher import Batcher, Collect, serve_collect
 from .client import Origin, Reach
 from .directory import Directory
-from .errors import Internal, MantaError, Unavailable
+from .errors import Internal, MantaError, NoActiveInstance, Unavailable
 from .gate import Gate
 from .grpc import VERBS, GrpcServicer, serve_proxy_method
 from .http import HttpApp, MetricsApp
@@ -56,9 +56,13 @@ class _Line:
     def takes_over_from(self, other: _Line) -> bool:
         """The same version loaded anew, for the very same requests."""
         mine, theirs = self.config, other.config
-        return self.key[:2] == other.key[:2] and (
-            (mine.input, mine.output, mine.max_batch_size)
-            == (theirs.input, theirs.output, theirs.max_batch_size)
+        return (
+            not mine.passive
+            and self.key[:2] == other.key[:2]
+            and (
+                (mine.input, mine.output, mine.max_batch_size)
+                == (theirs.input, theirs.output, theirs.max_batch_size)
+            )
         )
 
 
@@ -204,6 +208,8 @@ class Router:
             places,
             counters=self._recorder.counters(key),
         )
+        if config.passive:
+            gate.close(NoActiveInstance(version.model_name))
         return _Line(key, config, gate, places)
 
     def _let_go(self, application: str) -> None:

@@ -220,6 +220,7 @@ class ReplicaReport:
     channel: ChannelAddress | None = None
     log: tuple[str, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
+    passive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +230,7 @@ class ReplicaSpec:
     The artifact is read from `repository`/`model_name`/`version` on the replica's own node and must
     have `content_hash`. `fingerprint` also covers placement and settings: two replicas of equal
     fingerprint do the same. `gpu` is the listed index that the replica makes its only device.
+    A passive one loads, and is never sent a batch.
     """
 
     controller_application: str
@@ -247,3 +249,4 @@ class ReplicaSpec:
     max_execution_s: float
     logical_gpus: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    passive: bool = False

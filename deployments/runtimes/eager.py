@@ -27,7 +27,7 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments.signature import Binding, Signature, bind
 
-from . import Value, faults, hints, place
+from . import Value, devices, faults, hints, place
 from .arrangement import Arrangement
 from .outputs import pick
 
@@ -94,6 +94,7 @@ def load(
         if first is None:
             reason = "cannot determine the device of a KIND_MODEL model without parameters"
             raise ConfigError(reason, file=where)
+        devices.settle(module)
         target = first.device
     else:
         module.to(target)

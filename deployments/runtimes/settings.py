@@ -7,12 +7,14 @@ Called by `instance.py` on the instance's thread; parsing the values is configs/
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from configs.complete import RuntimeKind
+from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 
 logger = logging.getLogger("manta.runtimes")
@@ -49,6 +51,43 @@ def apply_thread(parameters: ModelParameters, kind: RuntimeKind, threads: int | 
     if kind == "torchscript":
         c: Any = torch._C
         c._set_graph_executor_optimize(not parameters.disable_optimized_execution)
+
+
+def in_force(parameters: ModelParameters, kind: RuntimeKind) -> dict[str, str]:
+    """What torch says of itself on this thread, after both were applied.
+
+    Of the JIT's two switches that it does not tell it is only known what they were set to.
+    """
+    c: Any = torch._C
+    found: dict[str, object] = {
+        "intra_op_threads": torch.get_num_threads(),
+        "inter_op_threads": torch.get_num_interop_threads(),
+        "cudnn": torch.backends.cudnn.enabled,
+        "optimized_execution": c._get_graph_executor_optimize(),
+        "tensor_fuser": c._jit_texpr_fuser_enabled(),
+    }
+    if kind == "torchscript":
+        executor, profiling = parameters.enable_jit_executor, parameters.enable_jit_profiling
+        if executor is not None:
+            found["jit_executor"] = c._jit_set_profiling_executor(executor)
+        if profiling is not None:
+            found["jit_profiling"] = c._jit_set_profiling_mode(profiling)
+    return {name: str(value) for name, value in found.items()}
+
+
+def thread_lines(
+    config: ModelConfig, parameters: ModelParameters, force: Mapping[str, str]
+) -> list[str]:
+    """For the log: what is in force, which is not always what was asked for."""
+    asked = {
+        "Inter op": (parameters.inter_op_thread_count, "inter_op_threads"),
+        "Intra op": (parameters.intra_op_thread_count, "intra_op_threads"),
+    }
+    return [
+        f"{name} thread count is set to {force[key]} for model '{config.name}'"
+        for name, (count, key) in asked.items()
+        if count is not None
+    ]
 
 
 def guard(parameters: ModelParameters, kind: RuntimeKind) -> AbstractContextManager[Any]:

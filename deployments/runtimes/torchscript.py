@@ -19,7 +19,7 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments.signature import Binding, Signature, bind
 
-from . import Value, archives, faults, place, schema
+from . import Value, archives, devices, faults, place, schema
 from .arrangement import Arrangement
 from .outputs import pick
 
@@ -78,7 +78,8 @@ def load(
             raise
         text = f"failed to load model '{config.name}': {faults.clean_text(error)}"
         raise ConfigError(text, file=where) from error
-    inputs_at = target if target is not None else _settle(module)
+    # KIND_MODEL: inputs stay on the host, unless the model names no device and there is a GPU.
+    inputs_at = target or torch.device("cuda:0" if devices.settle(module) else "cpu")
     signature = schema.describe(module, config.name, schema.named_fields(path))
     if parameters.enable_freezing:
         module = _freeze(module, where)
@@ -100,12 +101,3 @@ def _freeze(module: Any, where: str) -> Any:
             raise
         text = f"ENABLE_FREEZING: failed to freeze the model: {faults.clean_text(error)}"
         raise ConfigError(text, file=where, field='parameters["ENABLE_FREEZING"]') from error
-
-
-def _settle(module: Any) -> torch.device:
-    """KIND_MODEL: inputs stay on the host, unless the model names no device and there is a GPU."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if tensors and torch.cuda.is_available() and all(t.device.type == "cpu" for t in tensors):
-        module.to("cuda:0")
-        return torch.device("cuda:0")
-    return torch.device("cpu")

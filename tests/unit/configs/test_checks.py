@@ -117,7 +117,37 @@ CASES = [
     (
         {"instance_group": _groups({"kind": "KIND_MODEL", "gpus": (0,)})},
         "instance_group[0].gpus",
-        "'m_0' has kind KIND_MODEL and must not list gpus",
+        "'m_0' of model 'm' has kind KIND_MODEL but specifies one or more GPUs",
+    ),
+    *(
+        (
+            {"instance_group": _groups({"kind": kind, "host_policy": policy})},
+            "instance_group[0].host_policy",
+            f"host policy '{policy}' is not supported",
+        )
+        for kind, policy in (
+            ("KIND_CPU", "numa_0"),
+            ("KIND_CPU", "gpu_0"),
+            ("KIND_GPU", "gpu_"),
+            ("KIND_GPU", "cpu"),
+            ("KIND_MODEL", "models"),
+            ("KIND_AUTO", "fast"),
+        )
+    ),
+    *(
+        ({"cc_model_filenames": files}, f'cc_model_filenames["{next(iter(files))}"]', reason)
+        for files, reason in (
+            ({"9.0": "../x.pt"}, "must be relative"),
+            ({"8.6": "x.pt", "9.0": "y.pt"} | {"8.6": "/x.pt"}, "must be relative"),
+            ({"9.0": ""}, "must name a file"),
+            ({"sm_90": "x.pt"}, "'sm_90' is no compute capability"),
+            ({"9": "x.pt"}, "'9' is no compute capability"),
+        )
+    ),
+    (
+        {"runtime": "model.py", "cc_model_filenames": {"9.0": "x.py"}},
+        "cc_model_filenames",
+        "only TorchScript and AOT Inductor models",
     ),
     ({"instance_group": _groups({"gpus": (0, 0)})}, "instance_group[0].gpus", "each gpu once"),
     ({"instance_group": _groups({"gpus": (-1,)})}, "instance_group[0].gpus", "index from 0"),
@@ -146,6 +176,15 @@ def test_refuses(changes, field, reason):
         {"input": _input(dims=(3, 2, 2), format="FORMAT_NCHW")},
         {"default_model_filename": "weights/a..b.pt"},
         {"runtime": "model.py", "default_model_filename": "net.py"},
+        {"cc_model_filenames": {"9.0": "h.pt", "10.0": "sub/b.pt"}},
+        {
+            "instance_group": _groups(
+                {"kind": "KIND_CPU", "host_policy": "cpu"},
+                {"kind": "KIND_GPU", "gpus": (3,), "host_policy": "gpu_3"},
+                {"kind": "KIND_MODEL", "host_policy": "model"},
+                {"host_policy": "gpu_12"},
+            )
+        },
         {"dynamic_batching": DynamicBatching(), "max_batch_size": 0},
     ],
 )

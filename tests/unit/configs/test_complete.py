@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from configs.complete import artifact_filename, normalise, of_version, runtime_kind
+from configs.complete import (
+    artifact_filename,
+    artifact_filenames,
+    normalise,
+    of_version,
+    runtime_kind,
+)
 from configs.errors import ConfigError
 from configs.model import DynamicBatching, InstanceGroup, ModelConfig, ModelInput, ModelOutput
 
@@ -110,6 +116,45 @@ def test_a_version_may_be_a_package_beside_other_kinds(given, files, kind):
         assert version == config
 
 
+FILES = {"9.0": "hopper.pt", "8.6": "ampere.pt"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "file"),
+    [("9.0", "hopper.pt"), ("8.6", "ampere.pt"), ("8.9", PT), ("", PT)],
+)
+def test_the_file_of_a_compute_capability(capability, file):
+    config = _normal(cc_model_filenames=FILES)
+    assert artifact_filename(config, (PT, *FILES.values()), capability) == file
+    named = _normal(cc_model_filenames=FILES, default_model_filename="net.pt", backend="pytorch")
+    assert artifact_filename(named, (), capability) == (file if file != PT else "net.pt")
+
+
+def test_which_files_may_be_wanted():
+    gpu = InstanceGroup(kind="KIND_GPU")
+    assert artifact_filenames(_normal(cc_model_filenames=FILES)) == [PT]
+    only_gpus = _normal(has_gpu=True, cc_model_filenames=FILES, instance_group=(gpu,))
+    assert artifact_filenames(only_gpus) == [PT, "hopper.pt", "ampere.pt"]
+    mixed = (gpu, InstanceGroup(kind="KIND_CPU"))
+    assert artifact_filenames(only_gpus.model_copy(update={"instance_group": mixed})) == [PT]
+
+
+def test_a_package_beside_files_of_capabilities():
+    config = _normal(cc_model_filenames=FILES)
+    assert of_version(config, ("hopper.pt", PT2)) == config
+    package = of_version(config, (PT2,))
+    assert artifact_filename(package, (PT2,), "9.0") == PT2 and not package.cc_model_filenames
+
+
+def test_auto_without_a_gpu_is_one_cpu_instance():
+    """A25; the control: with a GPU it is KIND_GPU."""
+    for groups in ((), (InstanceGroup(),), (InstanceGroup(kind="KIND_AUTO", count=0),)):
+        (group,) = _normal(instance_group=groups).instance_group
+        assert (group.kind, group.count, group.gpus) == ("KIND_CPU", 1, ())
+        (group,) = _normal(has_gpu=True, instance_group=groups).instance_group
+        assert (group.kind, group.count) == ("KIND_GPU", 1)
+
+
 def test_nothing_to_go_by_is_an_error_that_says_what_is_missing():
     with pytest.raises(ConfigError, match=r"'m': .* none of model.pt, model.pt2, model.py"):
         _normal(("weights.bin",))
@@ -146,7 +191,7 @@ def test_instance_groups():
     ("group", "reason"),
     [
         (InstanceGroup(kind="KIND_GPU"), "'m_0' of model 'm' has kind KIND_GPU but no GPU"),
-        (InstanceGroup(gpus=(0,)), "'m_0' has kind KIND_CPU and must not list gpus"),
+        (InstanceGroup(gpus=(0,)), "'m_0' of model 'm' has kind KIND_CPU but specifies one or"),
     ],
 )
 def test_without_a_gpu(group, reason):

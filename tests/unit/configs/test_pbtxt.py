@@ -89,6 +89,39 @@ def test_json_has_every_scalar_and_numbers_as_numbers():
     assert json_format.ParseDict(data, pb.ModelConfig()).max_batch_size == 8
 
 
+def test_groups_and_files_by_capability_are_shown_as_they_are():
+    """Also what says nothing, and all that a client of Triton would look for."""
+    text = TEXT + (
+        "instance_group { name: 'spare' kind: KIND_CPU count: 1 passive: true host_policy: 'cpu' }"
+        "cc_model_filenames { key: '9.0' value: 'h.pt' }"
+        "cc_model_filenames { key: '8.6' value: 'a.pt' }"
+    )
+    assert to_proto(_parse(text)) == text_format.Parse(text, pb.ModelConfig())
+    data = to_json(normalise(_parse(text), [], has_gpu=True))
+    assert data["cc_model_filenames"] == {"9.0": "h.pt", "8.6": "a.pt"}
+    common: dict[str, list[str]] = {"profile": [], "secondary_devices": []}
+    assert data["instance_group"] == [
+        {
+            "name": "m_0",
+            "kind": "KIND_GPU",
+            "count": 2,
+            "gpus": [0, 1],
+            "passive": False,
+            "host_policy": "",
+            **common,
+        },
+        {
+            "name": "spare",
+            "kind": "KIND_CPU",
+            "count": 1,
+            "gpus": [],
+            "passive": True,
+            "host_policy": "cpu",
+            **common,
+        },
+    ]
+
+
 def test_name_is_the_directory():
     assert _parse(TEXT.replace('name: "m"\n', "", 1)).name == "m"
     assert _error(TEXT, "other").startswith("other/config.pbtxt:1: name: the name 'm' must")
@@ -127,7 +160,7 @@ def test_alias_of_default_model_filename(caplog):
             "sequence_batching { } #",
             "m/config.pbtxt:16: sequence_batching: Field",
         ),
-        ("count: 2", "passive: true", "m/config.pbtxt:14: instance_group[0].passive: "),
+        ("count: 2", "profile: '0'", "m/config.pbtxt:14: instance_group[0].profile: profiles are"),
         ("labels.txt", "../labels.txt", "m/config.pbtxt:13: output[0].label_filename: file name"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.model import InstanceGroup, ModelConfig
 from configs.parameters import ModelParameters
-from configs.placement import plan
+from configs.placement import list_gpus, plan
 from configs.server import ServerSettings
 
 
@@ -47,6 +47,29 @@ def test_model_group_takes_whole_gpus():
     assert _plan(group, gpus=2, model_gpus=2)[0].num_gpus == 2
     (none,) = _plan(group)
     assert (none.num_gpus, none.num_cpus) == (0, 0.01)
+
+
+def test_groups_of_every_kind_are_deployments_side_by_side():
+    groups = (
+        CPU,
+        _gpu(count=3, gpus=(1,)),
+        InstanceGroup(name="spare", kind="KIND_CPU", count=1, passive=True),
+        InstanceGroup(name="k", kind="KIND_MODEL", count=1),
+    )
+    planned = _plan(*groups, gpus=3)
+    assert [(p.deployment, p.kind, p.gpu, p.replicas, p.passive) for p in planned] == [
+        ("m", "KIND_CPU", None, 2, False),
+        ("g_gpu1", "KIND_GPU", 1, 3, False),
+        ("spare", "KIND_CPU", None, 1, True),
+        ("k", "KIND_MODEL", None, 1, False),
+    ]
+
+
+def test_gpu_groups_say_which_gpus_they_are_on():
+    config = ModelConfig(name="m", instance_group=(_gpu(), _gpu("h", gpus=(2,)), CPU))
+    listed = list_gpus(config, 3).instance_group
+    assert [group.gpus for group in listed] == [(0, 1, 2), (2,), ()]
+    assert list_gpus(config, 0).instance_group[0].gpus == ()
 
 
 def test_names_are_unique_and_safe():

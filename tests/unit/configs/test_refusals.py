@@ -36,7 +36,6 @@ SETTINGS = {
     "sequence_batching": "sequence_batching { }",
     "batch_input": "batch_input { kind: BATCH_ELEMENT_COUNT }",
     "batch_output": "batch_output { target_name: 'x' }",
-    "cc_model_filenames": "cc_model_filenames { key: '9.0' value: 'a.pt' }",
     "dynamic_batching.default_priority_level": "dynamic_batching { default_priority_level: 1 }",
     "dynamic_batching.default_queue_policy": (
         "dynamic_batching { default_queue_policy { max_queue_size: 4 } }"
@@ -49,8 +48,6 @@ SETTINGS = {
     "input.allow_ragged_batch": "input { allow_ragged_batch: true }",
     "input.is_non_linear_format_io": "input { is_non_linear_format_io: true }",
     "input.is_shape_tensor": "input { is_shape_tensor: true }",
-    "instance_group.host_policy": "instance_group { host_policy: 'cpu' }",
-    "instance_group.passive": "instance_group { passive: true }",
     "instance_group.profile": "instance_group { profile: '0' }",
     "instance_group.rate_limiter": "instance_group { rate_limiter { priority: 1 } }",
     "instance_group.secondary_devices": "instance_group { secondary_devices { device_id: 1 } }",

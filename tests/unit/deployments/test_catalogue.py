@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.model import InstanceGroup
 from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation
 from deployments.types import Endpoint, ModelState, ReplicaReport, Target
 from tests import models
@@ -93,6 +94,28 @@ def test_readiness() -> None:
     assert catalogue.ready(strict=True)
     catalogue.closing = True
     assert not catalogue.ready(strict=False)
+
+
+def test_passive_replicas_are_waited_for_and_give_no_slot() -> None:
+    one = Generation("manta.m.1.7", CONFIG, "h", {"m_0": 1, "m_1": 1})
+    one.note(report("a"), 0.0)
+    assert not one.complete()
+    one.note(report("b", deployment="m_1", passive=True), 0.0)
+    assert one.complete() and one.targets() == (*target("a"), Target("m_1", 0, ()))
+    one.note(report("b", deployment="m_1"), 0.0)  # the control
+    assert sum(each.slots for each in one.targets()) == 2
+
+
+def test_a_model_with_passive_instances_alone_keeps_no_server_from_being_ready() -> None:
+    catalogue = Catalogue(epoch=1)
+    catalogue.started = True
+    version = catalogue.version("m", 1)
+    for passive in (True, False):  # the control: where somebody should serve, somebody must
+        group = InstanceGroup(kind="KIND_CPU", count=1, passive=passive)
+        config = CONFIG.model_copy(update={"instance_group": (group,)})
+        version.state = ModelState.READY
+        version.current = Generation("manta.m.1.7", config, "h", {"m_0": 1})
+        assert catalogue.ready(strict=True) is passive
 
 
 def test_the_snapshot_tells_what_serves() -> None:

@@ -44,6 +44,13 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.mark.parametrize("changes", [{"kind": "KIND_CPU"}, {"logical_gpus": True}])
+def test_only_a_device_has_a_compute_capability(changes: dict[str, object]) -> None:
+    config = SPEC.config.model_copy(update={"cc_model_filenames": {"9.0": "h.pt"}})
+    assert replica._capability(replace(SPEC, config=config, **changes)) == ""  # type: ignore[arg-type]
+    assert replica._capability(SPEC) == ""  # nothing to choose: torch is not asked
+
+
 @pytest.mark.parametrize(
     ("visible", "gpu", "device"),
     [("", 1, "1"), ("4,6", 1, "6"), ("4,6", 0, "4"), ("GPU-a,GPU-b", 1, "GPU-b"), ("4", 2, "2")],

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from configs.errors import ConfigError
-from configs.model import ModelConfig, ModelOutput, VersionPolicy
+from configs.model import InstanceGroup, ModelConfig, ModelOutput, VersionPolicy
 from deployments.errors import Internal, InvalidArgument, Unavailable
 from deployments.repository import DUPLICATE, Repository, check_model_name
 
@@ -188,6 +188,31 @@ def test_files_and_artifact(root, model):
     assert str(caught.value) == "unable to find 'm/1/net.pt' for model 'm' version 1"
 
 
+def test_files_of_compute_capabilities(root, model):
+    repository = Repository([root])
+    found = repository.find("m")
+    read = repository.read_config(found)
+    config = read.model_copy(update={"cc_model_filenames": {"9.0": "h.pt", "8.6": "sub/a.pt"}})
+    (model / "1" / "sub").mkdir()
+    (model / "1" / "sub" / "a.pt").write_bytes(b"weights")
+    assert repository.artifact(found, 1, config, "8.6") == model / "1" / "sub" / "a.pt"
+    assert repository.artifact(found, 1, config, "8.9") == model / "1" / "model.pt"
+    with pytest.raises(Unavailable, match="^unable to find 'm/1/h.pt' for model 'm' version 1$"):
+        repository.artifact(found, 1, config, "9.0")
+    # Only an instance on a GPU knows what it needs; what none could load is refused at once.
+    (model / "1" / "model.pt").unlink()
+    gpu, host = (
+        config.model_copy(update={"instance_group": (InstanceGroup(kind=kind),)})
+        for kind in ("KIND_GPU", "KIND_CPU")
+    )
+    repository.check_artifacts(found, 1, gpu)
+    with pytest.raises(Unavailable, match="unable to find 'm/1/model.pt' for"):
+        repository.check_artifacts(found, 1, host)
+    (model / "1" / "sub" / "a.pt").unlink()
+    with pytest.raises(Unavailable, match="find 'm/1/model.pt' or 'm/1/h.pt' or 'm/1/sub/a.pt'"):
+        repository.check_artifacts(found, 1, gpu)
+
+
 def test_sniffing_looks_at_the_first_version_by_name(root):
     folder = _model(root, "m", 2, 10)
     (folder / "10" / "model.pt2").write_text("")
@@ -222,6 +247,24 @@ def test_content_hash_follows_what_is_served(root, model):
     (model / "1" / "extra").rename(model / "1" / "sub" / "extra")
     seen.add(repository.content_hash(found, 1, config))
     assert len(seen) == 6
+
+
+def test_content_hash_follows_files_of_compute_capabilities(root, model):
+    """Also behind a link to a directory, where nothing else is looked at."""
+    repository = Repository([root])
+    found = repository.find("m")
+    config = repository.read_config(found)
+    config = config.model_copy(update={"cc_model_filenames": {"9.0": "far/h.pt"}})
+    (root / ".far").mkdir()
+    (model / "1" / "far").symlink_to("../../.far")
+    before = repository.content_hash(found, 1, config)
+    (root / ".far" / "other.pt").write_bytes(b"x")
+    assert repository.content_hash(found, 1, config) == before
+    (root / ".far" / "h.pt").write_bytes(b"x")
+    assert repository.content_hash(found, 1, config) != before
+    outside = config.model_copy(update={"cc_model_filenames": {"9.0": "../../../x"}})
+    with pytest.raises(ConfigError, match="leads out of the model repository"):
+        repository.content_hash(found, 1, outside)
 
 
 def test_links_inside_the_repository_are_followed(root, model):

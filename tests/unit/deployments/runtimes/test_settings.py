@@ -8,6 +8,7 @@ import torch
 
 from configs.parameters import ModelParameters
 from deployments.runtimes import settings
+from tests import models
 
 C: Any = torch._C
 
@@ -55,6 +56,32 @@ def test_guard_turns_autograd_off():
         assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
     with settings.guard(ModelParameters(inference_mode=False), "eager"):
         assert torch.is_inference_mode_enabled()
+
+
+def test_what_is_in_force_is_what_torch_says(jit):
+    asked = ModelParameters(
+        disable_cudnn=True, enable_jit_executor=False, enable_tensor_fuser=False
+    )
+    threads = torch.get_num_threads()
+    settings.apply_process(asked, "torchscript")
+    force = settings.in_force(asked, "torchscript")
+    assert force["cudnn"] == force["tensor_fuser"] == force["jit_executor"] == "False"
+    assert "jit_profiling" not in force
+    assert force["intra_op_threads"] == str(threads)
+    settings.apply_process(ModelParameters(enable_tensor_fuser=True), "torchscript")
+    force = settings.in_force(ModelParameters(), "torchscript")
+    assert force["cudnn"] == force["tensor_fuser"] == "True" and "jit_executor" not in force
+
+
+def test_the_log_tells_the_threads_in_force_where_a_count_is_given():
+    made = models.config({"x": (1,)}, {"y": (1,)}, name="m")
+    force = {"intra_op_threads": "2", "inter_op_threads": "7"}
+    asked = ModelParameters(inter_op_thread_count=9, intra_op_thread_count=2)
+    assert settings.thread_lines(made, asked, force) == [
+        "Inter op thread count is set to 7 for model 'm'",
+        "Intra op thread count is set to 2 for model 'm'",
+    ]
+    assert settings.thread_lines(made, ModelParameters(), force) == []
 
 
 def test_a_second_inter_op_count_is_said(caplog):
