@@ -71,6 +71,27 @@ def artifact_filename(
     return DEFAULT_FILES["aoti" if config.platform == "torch_aoti" else "torchscript"]
 
 
+def normalise_version(
+    config: ModelConfig,
+    first_files: Sequence[str],
+    version_files: Sequence[str],
+    has_gpu: bool,
+) -> ModelConfig:
+    """The whole configuration of one version; raises ConfigError.
+
+    What a configuration leaves open is sniffed in the first version directory, as Triton does; a
+    version that does not have what was found there is sniffed by itself. So versions of several
+    kinds stand beside each other, whichever comes first.
+    """
+    whole = normalise(config, first_files, has_gpu)
+    wanted = {artifact_filename(whole, version_files), *whole.cc_model_filenames.values()}
+    if not wanted.isdisjoint(version_files):
+        return whole
+    if _is_open(config) and any(_sniff(version_files)):
+        return normalise(config, version_files, has_gpu)
+    return of_version(whole, version_files)
+
+
 def of_version(config: ModelConfig, version_files: Collection[str]) -> ModelConfig:
     """A normalised configuration as one version sees it.
 
@@ -110,7 +131,7 @@ def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
     known_files = (DEFAULT_FILES["torchscript"], DEFAULT_FILES["aoti"])
     if not backend and (runtime or platform in checks.PLATFORMS or filename in known_files):
         backend = checks.BACKEND
-    if backend in ("", checks.BACKEND) and not (platform or filename or runtime):
+    if _is_open(config):
         platform, runtime = _sniff(files)
         backend = checks.BACKEND if platform else backend
     if not backend:
@@ -131,6 +152,12 @@ def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
             "default_model_filename": filename,
         }
     )
+
+
+def _is_open(config: ModelConfig) -> bool:
+    """Whether only files can tell the engine."""
+    stated = config.platform or config.default_model_filename or config.runtime
+    return config.backend in ("", checks.BACKEND) and not stated
 
 
 def _sniff(files: Collection[str]) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from configs.complete import normalise, of_version
+from configs.complete import normalise_version
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import parse_parameters
@@ -99,9 +99,9 @@ class Planner:
     def _plan(self, found: Found, number: int, config: ModelConfig, gpus: int) -> Plan:
         repository = self._repository
         try:
-            normal = normalise(config, repository.first_files(found), gpus > 0)
             files = repository.version_files(found, number)
-            normal = list_gpus(of_version(normal, files), gpus)
+            normal = normalise_version(config, repository.first_files(found), files, gpus > 0)
+            normal = list_gpus(normal, gpus)
             placements = self._place(normal, files, gpus)
             labels = repository.labels(found, normal)
         except ConfigError as error:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from configs.complete import runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
+from configs.parameters import parse_parameters
 from deployments import runtimes
 from deployments.runtimes import eager, faults, settings
 
@@ -30,7 +32,7 @@ from .judge import (
     note_times,
 )
 from .options import Options
-from .target import Destination, OptimizeError, Source
+from .target import Destination, OptimizeError, Source, serving_threads
 
 ORIGINAL = "as it is"
 _LEAST_S = 0.1  # of one measurement, so that short calls are counted in numbers
@@ -47,6 +49,8 @@ class Bench:
         self._options, self._workshop = options, workshop
         self._tolerance = options.tolerance or TOLERANCES[options.precision]
         self._device = "cuda:0" if source.kind == "KIND_GPU" else "cpu"
+        self._threads = {ORIGINAL: options.threads or source.threads()}
+        torch.set_num_threads(self._threads[ORIGINAL])
         self.sizes = self._checked_sizes()
         settings.apply_process(source.parameters, source.runtime)
         samples.check_config(source.config)
@@ -89,8 +93,10 @@ class Bench:
         print(f"trying {recipe.label} ...", flush=True)
         folder.mkdir()
         file = folder / recipe.filename
+        self._threads[recipe.label] = self.threads(recipe.filename)
         try:
             recipe.make(folder)
+            torch.set_num_threads(self._threads[recipe.label])
             with self._guard():
                 runtime = self._load(file, self._destination.version_config(recipe.filename))
                 candidate.deviation = self._compare(runtime)
@@ -157,14 +163,30 @@ class Bench:
             return
         for size in self.sizes:
             inputs = self.samples.batch(size)
-            calls = {c.label: self._call(self._loaded[c.label], inputs) for c in running}
+            calls = {c.label: self._call(c.label, inputs) for c in running}
             with self._guard():
                 taken = measure(calls, self._options.rounds, _LEAST_S)
             note_times(running, taken, size)
 
-    @staticmethod
-    def _call(runtime: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
+    def threads(self, filename: str = "") -> int:
+        """Intra-op threads of the original, or of a version that has this file: each is measured
+        with what it will be served with, and an eager model's number is not a package's."""
+        if not filename:
+            return self._threads[ORIGINAL]
+        config = self._destination.version_config(filename)
+        kind = runtime_kind(config, (filename,))
+        try:
+            parameters, _ = parse_parameters(config, (filename,))
+        except ConfigError as error:
+            raise OptimizeError(f"as a new version, {error}") from None
+        return self._options.threads or serving_threads(config, parameters, kind)
+
+    def _call(self, label: str, inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
+        runtime, threads = self._loaded[label], self._threads[label]
+
         def call() -> None:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
             runtime.run(inputs)
             if runtime.device.type == "cuda":
                 torch.cuda.synchronize(runtime.device)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from configs.complete import DEFAULT_FILES
 
 from .options import Options
 from .target import Destination, OptimizeError, read
@@ -37,7 +40,8 @@ model: give --output NAME there, which writes a model of its own with platform t
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     try:
-        return run(options)
+        with _ended_by_signals():
+            return run(options)
     except OptimizeError as error:
         print(f"manta optimize: {error}", file=sys.stderr)
         return FAILED
@@ -142,18 +146,21 @@ def run(
     )
     destination = Destination(source, options.output)
     destination.check()
-    threads = options.threads or source.threads()
-    torch.set_num_threads(threads)
     with destination.workshop() as workshop, _compiler_cache():
         bench = Bench(source, destination, options, workshop)
         print(
             f"{options.model} version {source.version}: {bench.served.label}, {options.precision}, "
-            f"intra-op threads: {threads}, device: {bench.served.device}",
+            f"intra-op threads: {_threads(bench)}, device: {bench.served.device}",
             flush=True,
         )
         bench.judge(recipes(bench))
         print(table(bench.candidates, bench.sizes), flush=True)
         return _conclude(bench, destination, options, workshop)
+
+
+def _threads(bench: Bench) -> str:
+    original, package = bench.threads(), bench.threads(DEFAULT_FILES["aoti"])
+    return str(original) if original == package else f"{original} ({package} for a package)"
 
 
 def _conclude(bench: Bench, destination: Destination, options: Options, workshop: Path) -> int:
@@ -171,6 +178,8 @@ def _conclude(bench: Bench, destination: Destination, options: Options, workshop
         return WRITTEN
     version = destination.publish(bench.files[winner.label], workshop)
     print(f"written {version}: {winner.label}, {winner.speedup:.2f} times as fast")
+    if warning := destination.warning(int(version.name)):
+        print(f"warning: {warning}", file=sys.stderr)
     if note := destination.note(int(version.name)):
         print(f"note: {note}")
     return WRITTEN
@@ -213,3 +222,24 @@ def _compiler_cache() -> Iterator[None]:
             yield
         finally:
             del os.environ[name]
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What ends the command ends it in order, so that nothing half made stays behind."""
+
+    # nohup has SIGHUP ignored, and it stays so.
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+
+    def end(number: int, _frame: object) -> None:
+        for each in taken:  # cleaning up is not to be broken off
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

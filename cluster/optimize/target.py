@@ -1,7 +1,7 @@
 """What `manta optimize` reads and writes: one version of one model, and the next one beside it.
 
-Owns version numbers, the atomic write and the configuration of a new model directory. Knows no
-torch.
+Owns version numbers, what may be written when, and the configuration of a new model directory.
+Knows no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,20 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from configs.complete import DEFAULT_FILES, RuntimeKind, normalise, of_version, runtime_kind
+from configs.complete import (
+    DEFAULT_FILES,
+    RuntimeKind,
+    normalise_version,
+    of_version,
+    runtime_kind,
+)
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters, parse_parameters
 from deployments.errors import MantaError
 from deployments.repository import CONFIG, Found, Repository, check_model_name
+
+from . import disk
 
 
 class OptimizeError(Exception):
@@ -42,6 +50,7 @@ class Source:
     runtime: RuntimeKind
     kind: str
     content_hash: str
+    named: bool = False  # the user chose the version; otherwise it was the newest
 
     @property
     def folder(self) -> Path:
@@ -60,15 +69,25 @@ class Source:
             name = self.found.name
             raise OptimizeError(f"model '{name}' has changed meanwhile: run this again")
 
+    def appeared(self) -> tuple[int, ...]:
+        """Versions that somebody has published since this one was read."""
+        now = Repository((self.repository,)).find(self.found.name).versions
+        return tuple(sorted(set(now).difference(self.found.versions)))
+
     def threads(self) -> int:
         """What its instances compute with, unless the caller says otherwise."""
-        given = self.parameters.intra_op_thread_count
-        if self.runtime == "eager":
-            given = self.parameters.num_threads
-        from deployments.planner import available_cpus  # it brings Ray, which --help needs not
+        return serving_threads(self.config, self.parameters, self.runtime)
 
-        instances = sum(g.count for g in self.config.instance_group if g.kind == "KIND_CPU")
-        return given or max(1, available_cpus() // max(1, instances))
+
+def serving_threads(config: ModelConfig, parameters: ModelParameters, runtime: RuntimeKind) -> int:
+    """Intra-op threads of each instance, when this model has the machine to itself."""
+    if runtime == "eager":
+        return parameters.num_threads
+    from deployments.planner import available_cpus  # it brings Ray, which --help needs not
+
+    instances = sum(g.count for g in config.instance_group if g.kind == "KIND_CPU")
+    given = parameters.intra_op_thread_count
+    return given or max(1, available_cpus() // max(1, instances))
 
 
 def read(repository: Path, model: str, version: int | None, has_gpu: bool) -> Source:
@@ -92,7 +111,7 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
     number = found.versions[-1] if version is None else version
     files = repository.version_files(found, number)
     config = repository.read_config(found)
-    config = of_version(normalise(config, repository.first_files(found), has_gpu), files)
+    config = normalise_version(config, repository.first_files(found), files, has_gpu)
     artifact = repository.artifact(found, number, config)
     kind = runtime_kind(config, files)
     if kind == "aoti":
@@ -104,7 +123,9 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
     parameters, _ = parse_parameters(config, (artifact.name,))
     group = config.instance_group[0].kind
     digest = repository.content_hash(found, number, config)
-    return Source(root, found, number, config, parameters, artifact, kind, group, digest)
+    return Source(
+        root, found, number, config, parameters, artifact, kind, group, digest, version is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -156,35 +177,45 @@ class Destination:
     def publish(self, made: Path, workshop: Path) -> Path:
         """Moves `made` in, whole or not at all; returns the new version's folder."""
         self.source.check_unchanged()
+        if self.output is None:
+            self._check_newest()
         staged = workshop / "publish"
         version = staged / "1" if self.output else staged
         version.mkdir(parents=True)
         made.rename(version / made.name)
-        for path in (version / made.name, version):
-            _sync(path)
-        if self.output is None:
-            return self._next_version(staged)
-        self._write_config(staged, self.output, made.name)
-        for folder in (staged, staged / "1"):
+        if self.output is not None:
+            self._write_config(staged, self.output, made.name)
+        for folder in {staged, version}:
             folder.chmod(0o755)
-        target = self.source.repository / self.output
+        for parent, _, files in os.walk(staged, topdown=False):
+            for name in files:
+                disk.sync(Path(parent, name))
+            disk.sync(Path(parent))
+        target = self._target()
         try:
-            staged.rename(target)
-        except OSError as error:
-            raise OptimizeError(f"cannot write {target}: {error.strerror}") from None
-        return target / "1"
-
-    def _next_version(self, staged: Path) -> Path:
-        staged.chmod(0o755)
-        folder = self.source.folder
-        taken = (int(name) for name in os.listdir(folder) if name.isdecimal())
-        target = folder / str(max(taken, default=0) + 1)
-        try:
-            staged.rename(target)
+            disk.move_new(staged, target)
+            disk.sync(target.parent)
         except OSError as error:  # somebody else was quicker
             raise OptimizeError(f"cannot write {target}: {error.strerror}") from None
-        _sync(folder)
-        return target
+        return target if self.output is None else target / "1"
+
+    def _check_newest(self) -> None:
+        """By `version_policy: latest`, the highest number is what is served: what was made of the
+        newest version must not take the place of one that is newer by now. Who has named the
+        version wants it in front of others anyway. Raises OptimizeError."""
+        newer = self.source.appeared()
+        if newer and not self.source.named:
+            raise OptimizeError(
+                f"version {self.source.version} is not the newest any more: {_names(newer)} "
+                "appeared meanwhile; run this again, or name the version with --version"
+            )
+
+    def _target(self) -> Path:
+        if self.output is not None:
+            return self.source.repository / self.output
+        folder = self.source.folder
+        taken = (int(name) for name in os.listdir(folder) if name.isdecimal())
+        return folder / str(max(taken, default=0) + 1)
 
     def _write_config(self, staged: Path, name: str, filename: str) -> None:
         config = self.version_config(filename)
@@ -198,6 +229,14 @@ class Destination:
             (staged / label).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source.folder / label, staged / label)
 
+    def warning(self, version: int) -> str:
+        """What somebody else has published while `version` was made; "" when nobody has."""
+        others = [v for v in self.source.appeared() if v != version]
+        if self.output or not others:
+            return ""
+        made = f"{version}, made of version {self.source.version}"
+        return f"{_names(others)} appeared meanwhile: {made}, has the higher number"
+
     def note(self, version: int) -> str:
         """What still keeps the server from serving what was written; "" when nothing does."""
         policy = self.source.config.version_policy
@@ -206,9 +245,6 @@ class Destination:
         return f"version_policy in config.pbtxt lists versions: add {version} to serve it"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _names(versions: Sequence[int]) -> str:
+    word = "version" if len(versions) == 1 else "versions"
+    return f"{word} {', '.join(map(str, versions))}"

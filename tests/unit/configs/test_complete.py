@@ -8,6 +8,7 @@ from configs.complete import (
     artifact_filename,
     artifact_filenames,
     normalise,
+    normalise_version,
     of_version,
     runtime_kind,
 )
@@ -153,6 +154,39 @@ def test_auto_without_a_gpu_is_one_cpu_instance():
         assert (group.kind, group.count, group.gpus) == ("KIND_CPU", 1, ())
         (group,) = _normal(has_gpu=True, instance_group=groups).instance_group
         assert (group.kind, group.count) == ("KIND_GPU", 1)
+
+
+@pytest.mark.parametrize("first", [PT, PT2, PY])
+@pytest.mark.parametrize(
+    ("own", "kind"),
+    [((PT,), "torchscript"), ((PT2,), "aoti"), ((PY,), "eager")],
+)
+@pytest.mark.parametrize("given", [{}, {"backend": "pytorch"}])
+def test_each_version_is_run_by_the_file_that_it_has(first, own, kind, given):
+    """Version 10 comes before 9 where names are sorted as text, and may be of another kind."""
+    config = BASE.model_copy(update=given)
+    version = normalise_version(config, (first,), own, False)
+    assert runtime_kind(version, own) == kind
+    assert artifact_filename(version, own) == own[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "own", "kind"),
+    [
+        # what Triton finds by the first version is there: it is meant
+        ({}, PT2, (PT, PT2), "aoti"),
+        ({}, PT, (PT, PT2), "torchscript"),
+        ({}, PY, (PT, PY), "eager"),
+        # what the configuration states is not sniffed
+        ({"platform": "torch_aoti"}, PT2, (PT,), "aoti"),
+        ({"platform": "pytorch_libtorch"}, PT, (PY,), "torchscript"),
+        ({"platform": "pytorch_libtorch"}, PT2, (PT2,), "aoti"),
+        ({}, PT, (), "torchscript"),
+    ],
+)
+def test_control_the_first_version_and_the_configuration_come_first(given, first, own, kind):
+    version = normalise_version(BASE.model_copy(update=given), (first,), own, False)
+    assert runtime_kind(version, own) == kind
 
 
 def test_nothing_to_go_by_is_an_error_that_says_what_is_missing():

@@ -29,6 +29,14 @@ class Net(torch.nn.Module):
         return self.linear(x)
 """
 
+THREADS: set[int] = set()
+TELLS_THREADS = EAGER.replace(
+    "        return",
+    "        from tests.unit.cluster.optimize import repositories\n\n"
+    "        repositories.THREADS.add(torch.get_num_threads())\n"
+    "        return",
+)
+
 
 def scripted(
     root: Path, module: torch.nn.Module | None = None, name: str = "mlp", text: str = MLP
@@ -39,8 +47,8 @@ def scripted(
     return root / name
 
 
-def eager(root: Path, name: str = "net") -> Path:
-    models.save_eager(EAGER, root, name)
+def eager(root: Path, name: str = "net", code: str = EAGER) -> Path:
+    models.save_eager(code, root, name)
     text = MLP.replace('platform: "pytorch_libtorch"', 'runtime: "model.py"\nbackend: "pytorch"')
     (root / name / "config.pbtxt").write_text(text)
     return root / name

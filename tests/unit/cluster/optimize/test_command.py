@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from cluster.optimize import command
 from cluster.optimize.export import Recipe, Refused
 from cluster.optimize.options import Options
 from cluster.optimize.target import OptimizeError
-from configs.complete import normalise, of_version
+from configs.complete import normalise_version
 from configs.parameters import ModelParameters
 from deployments import runtimes
 from deployments.errors import InvalidArgument
@@ -194,6 +195,27 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch) -> None:
         command.run(options(tmp_path))
 
 
+def test_each_is_measured_with_the_threads_that_will_serve_it(tmp_path: Path, capsys) -> None:
+    """NUM_THREADS is an eager model's, INTRA_OP_THREAD_COUNT that of what is made of it."""
+    repositories.eager(tmp_path, code=repositories.TELLS_THREADS)
+    with (tmp_path / "net" / "config.pbtxt").open("a") as file:
+        for key, value in (
+            ("NUM_THREADS", "2"),
+            ("INTRA_OP_THREAD_COUNT", "3"),
+            ("TORCH_COMPILE_OPTIONAL_PARAMETERS", '{\\"disable\\": true}'),
+        ):
+            file.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
+    for given, original, candidate in ((None, 2, 3), (1, 1, 1)):
+        repositories.THREADS.clear()
+        asked = options(tmp_path, "net", threads=given, tolerance=1e9, output=f"by_{given}")
+        code = command.run(asked, lambda bench: [script("candidate", models.mlp())])
+        assert code == command.WRITTEN
+        assert repositories.THREADS == {original}
+        assert torch.get_num_threads() == candidate  # which was measured last
+    out = capsys.readouterr().out
+    assert "intra-op threads: 2 (3 for a package)" in out and "intra-op threads: 1, " in out
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 
@@ -248,6 +270,35 @@ def test_the_command_line_itself_brings_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_made(tmp_path: Path, number: int) -> None:
+    repositories.scripted(tmp_path)
+    code = """
+import os, signal, sys
+from cluster.optimize import command, target
+
+def run(options):
+    source = target.read(options.repository, options.model, None, False)
+    with target.Destination(source).workshop() as workshop:
+        print(os.listdir(workshop.parent), flush=True)
+        signal.pause()
+
+command.run = run  # the real one takes longer to get as far
+sys.exit(command.main(sys.argv[1:]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), "--model=mlp"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert ".optimizing." in process.stdout.readline()  # the control
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    assert sorted(path.name for path in (tmp_path / "mlp").iterdir()) == ["1", "config.pbtxt"]
+
+
 # --- with a compiler -----------------------------------------------------------------------------
 
 
@@ -278,8 +329,9 @@ def load(root: Path, version: int):
     """As the server does: one configuration, and each version's own files."""
     repository = Repository((root,))
     found = repository.find("mlp")
-    config = normalise(repository.read_config(found), repository.first_files(found), False)
-    config = of_version(config, repository.version_files(found, version))
+    files = repository.version_files(found, version)
+    config = repository.read_config(found)
+    config = normalise_version(config, repository.first_files(found), files, False)
     artifact = repository.artifact(found, version, config)
     return runtimes.load(artifact, config, ModelParameters(), "cpu", "KIND_CPU")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from cluster.optimize.target import Destination, OptimizeError, read
+from cluster.optimize.target import Destination, OptimizeError, read, serving_threads
 from configs.complete import runtime_kind
+from deployments.planner import available_cpus
 from deployments.repository import Repository
 
 from . import repositories
@@ -28,7 +30,7 @@ def test_the_newest_version_unless_one_is_named(tmp_path: Path) -> None:
 
 
 def test_threads_are_those_of_serving(tmp_path: Path) -> None:
-    cpus = len(os.sched_getaffinity(0))
+    cpus = available_cpus()
     repositories.scripted(tmp_path)
     assert source(tmp_path).threads() == cpus
     two = repositories.MLP.replace("count: 1", f"count: {2 * cpus}")
@@ -39,6 +41,12 @@ def test_threads_are_those_of_serving(tmp_path: Path) -> None:
     assert source(tmp_path).threads() == 3
     repositories.eager(tmp_path)
     assert source(tmp_path, "net").threads() == 1
+    key = 'parameters { key: "NUM_THREADS" value { string_value: "3" } }\n'
+    with (tmp_path / "net" / "config.pbtxt").open("a") as file:
+        file.write(key)
+    eager = source(tmp_path, "net")
+    assert eager.threads() == 3
+    assert serving_threads(eager.config, eager.parameters, "aoti") == cpus
 
 
 @pytest.mark.parametrize(
@@ -75,9 +83,10 @@ def test_a_version_beside_the_old_one(tmp_path: Path) -> None:
     """Written whole, seen by the repository as version 2, and of its own kind."""
     model = repositories.scripted(tmp_path)
     text = (model / "config.pbtxt").read_text()
-    destination = Destination(source(tmp_path))
+    destination = Destination(source(tmp_path, version=1))
     destination.check()
     assert write(tmp_path, destination) == model / "2"
+    assert not destination.warning(2)
     assert sorted(os.listdir(model)) == ["1", "2", "config.pbtxt"]
     assert os.listdir(model / "2") == ["model.pt2"]
     assert (model / "config.pbtxt").read_text() == text
@@ -87,6 +96,32 @@ def test_a_version_beside_the_old_one(tmp_path: Path) -> None:
     assert runtime_kind(config) == "aoti"
     assert repository.artifact(repository.find("mlp"), 2, config) == model / "2" / "model.pt2"
     assert write(tmp_path, destination) == model / "3"
+    assert destination.warning(3) == (
+        "version 2 appeared meanwhile: 3, made of version 1, has the higher number"
+    )
+
+
+def test_what_is_newer_by_now_keeps_its_place(tmp_path: Path) -> None:
+    """The version was taken because it was the newest. The control has named it: see above."""
+    model = repositories.scripted(tmp_path)
+    destination = Destination(source(tmp_path))
+    own = Destination(source(tmp_path), "fast")
+    shutil.copytree(model / "1", model / "2")
+    with pytest.raises(OptimizeError, match="version 2 appeared meanwhile; run this again"):
+        write(tmp_path, destination)
+    assert sorted(os.listdir(model)) == ["1", "2", "config.pbtxt"]
+    assert write(tmp_path, own) == tmp_path / "fast" / "1"  # takes nobody's place
+    assert write(tmp_path, Destination(source(tmp_path))) == model / "3"
+
+
+def test_an_empty_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
+    repositories.scripted(tmp_path)
+    destination = Destination(source(tmp_path), "fast")
+    destination.check()
+    (tmp_path / "fast").mkdir()
+    with pytest.raises(OptimizeError, match="cannot write .*fast: File exists"):
+        write(tmp_path, destination)
+    assert sorted(os.listdir(tmp_path)) == ["fast", "mlp"] and not os.listdir(tmp_path / "fast")
 
 
 def test_while_it_is_made_nobody_takes_it_for_a_version(tmp_path: Path) -> None:
