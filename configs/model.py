@@ -92,8 +92,8 @@ class Optimization(_Frozen):
 class ModelConfig(_Frozen):
     """`parameters` holds each parameter's string_value.
 
-    `allow_ragged_batch` and `preserve_ordering` keep their defaults: a configuration that sets
-    them is refused before it becomes one of these.
+    `allow_ragged_batch` keeps its default: a configuration that sets it is refused before it
+    becomes one of these.
     """
 
     name: str = ""

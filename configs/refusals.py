@@ -34,7 +34,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("batch_output", "scattered batch outputs are not supported"),
     Refusal("dynamic_batching.default_priority_level", _QUEUE_POLICY),
     Refusal("dynamic_batching.default_queue_policy", _QUEUE_POLICY),
-    Refusal("dynamic_batching.preserve_ordering", "ordered responses are not supported"),
     Refusal("dynamic_batching.priority_levels", _QUEUE_POLICY),
     Refusal("dynamic_batching.priority_queue_policy", _QUEUE_POLICY),
     Refusal("input.allow_ragged_batch", "ragged batches are not supported"),

@@ -1,8 +1,8 @@
 """The pull gate: releases a batch when a place for it is free, never before (design: the gate).
 
-Owns who waits for one model version and the timers, and counts what becomes of each request. Asks
-the Scheduler what goes, `places` where, and hands both to `execute` (the Batcher). Called by the
-lanes (`enqueue`), by `inference` (`submit`) and by the Router. Lives on one event loop.
+Owns who waits for one model version and the timers. Asks the Scheduler what goes, `places` where,
+and hands both to `execute` (the Batcher); `answers` tells the waiters. Called by the lanes
+(`enqueue`), by `inference` (`submit`) and by the Router. Lives on one event loop.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import Protocol
 
+from . import answers
+from .answers import Answers, InOrder, gone
 from .batcher import MemberResult, Outcome
-from .errors import Cancelled, Internal, MantaError, QueueFull, QueueTimeout
+from .errors import Internal, MantaError, QueueFull, QueueTimeout
 from .places import Place
 from .scheduler import BatchPolicy, Entry, Group, Scheduler, Wait
 from .statistics import Counters, Reason
@@ -84,15 +85,17 @@ class Gate:
         self._policy = policy
         self._execute = execute
         self._places = places
-        self._counters = counters or Counters()
         self._clock = clock
         self._scheduler = Scheduler(policy)
+        self._answers = Answers(model_name, counters or Counters())
+        self._in_order: InOrder | None = None
+        if policy.preserve_ordering:
+            self._answers = self._in_order = InOrder(model_name, counters or Counters())
         self._in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
         self._pumping = False
         self._closed: MantaError | None = None
-        self._ordered: deque[Entry] = deque()  # unanswered, with preserve_ordering only
         self._drains: list[asyncio.Future[None]] = []
         self._running: set[asyncio.Future[Outcome]] = set()
 
@@ -119,20 +122,21 @@ class Gate:
         Raises QueueFull, or what the gate was closed with.
         """
         if self._closed is not None:
-            raise _copy(self._closed)
+            raise answers.copy(self._closed)
         if self._scheduler.full:
             raise QueueFull(self._model_name, self._policy.max_requests)
         now_ns = self._clock()
         entry = Entry(rows, key, now_ns, inputs, outputs, waiter)
         entry.owner = self
-        if self._policy.preserve_ordering:
-            self._ordered.append(entry)
+        if self._in_order is not None:
+            self._in_order.came(entry)
         self._scheduler.add(entry)
         try:
             self._pump(now_ns)
         except BaseException:
             entry.left = True  # its waiter hears of it now, and may soon wait for something else
-            self._scheduler.withdraw(entry)
+            if self._scheduler.withdraw(entry):
+                self._answers.left(entry, now_ns)
             raise
         return entry
 
@@ -169,9 +173,11 @@ class Gate:
 
         Both must take the same requests, and the successor must not have any yet.
         """
-        for entry in self._scheduler.clear():
+        waiting = self._scheduler.clear()
+        for entry in waiting:
             entry.owner = successor
             successor._scheduler.add(entry)
+        answers.hand_over(self._answers, successor._answers, waiting)
         self._rest()
         successor.pump()
 
@@ -183,8 +189,7 @@ class Gate:
             self._timer = None
         now_ns = self._clock()
         for entry in self._scheduler.clear():
-            self._deliver(entry, error, _reason(error), now_ns)
-        self._release(now_ns)
+            self._answers.deliver(entry, error, answers.reason(error), now_ns)
         self._rest()
 
     async def drain(self) -> None:
@@ -199,7 +204,7 @@ class Gate:
     def _pump(self, now_ns: int) -> None:
         scheduler, places = self._scheduler, self._places
         for entry in scheduler.expired(now_ns):
-            self._deliver(entry, QueueTimeout(self._model_name), Reason.REJECTED, now_ns)
+            self._answers.deliver(entry, QueueTimeout(self._model_name), Reason.REJECTED, now_ns)
         due_ns = None
         while scheduler.pending:
             place = places.idle()
@@ -212,7 +217,6 @@ class Gate:
             if isinstance(step, Wait):
                 due_ns = step.until_ns
             break
-        self._release(now_ns)
         self._prefetch(now_ns)
         if scheduler.pending:
             self._wait(due_ns, now_ns)
@@ -256,11 +260,11 @@ class Gate:
         self._pump(self._clock())
 
     def _start(self, group: Group, place: Place, now_ns: int) -> None:
-        if any(_gone(entry) for entry in group.members):
+        if any(gone(entry) for entry in group.members):
             living = []
             for entry in group.members:
-                if _gone(entry):
-                    self._left(entry, now_ns)
+                if gone(entry):
+                    self._answers.left(entry, now_ns)
                 else:
                     living.append(entry)
             if not living:
@@ -297,32 +301,25 @@ class Gate:
                 place.accepted()
                 if self._scheduler.pending:  # the instance must not wait for the answers
                     self._pump(self._clock())
-                self._settle(group, outcome)
+                self._answers.settle(group, outcome, self._clock())
         except MantaError as error:
-            self._failed(group, error)
+            self._answers.fail(group, error, self._clock())
         except (Exception, asyncio.CancelledError):
             logger.exception("a batch of model '%s' failed", self._model_name)
-            self._failed(
-                group, Internal(f"the server failed to execute model '{self._model_name}'")
-            )
+            failure = Internal(f"the server failed to execute model '{self._model_name}'")
+            self._answers.fail(group, failure, self._clock())
         self._in_flight -= 1
         self._pump(self._clock())
-
-    def _failed(self, group: Group, error: MantaError) -> None:
-        now_ns = self._clock()
-        for entry in group.members:
-            if entry.answer is None:
-                self._answer(entry, error, _reason(error), now_ns)
 
     def _put_back(self, group: Group) -> None:
         """Nothing ran: to the front of the queue."""
         now_ns = self._clock()
         again = []
         for entry in group.members:
-            if _gone(entry):
-                self._left(entry, now_ns)
+            if gone(entry):
+                self._answers.left(entry, now_ns)
             elif self._closed is not None:
-                self._deliver(entry, self._closed, _reason(self._closed), now_ns)
+                self._answers.deliver(entry, self._closed, answers.reason(self._closed), now_ns)
             else:
                 again.append(entry)
         self._scheduler.put_back(Group(tuple(again), group.released_ns))
@@ -330,62 +327,10 @@ class Gate:
             if entry.reply is not None:
                 entry.reply.add_done_callback(partial(_leave, entry))
 
-    # --- what becomes of it -----------------------------------------
-
-    def _settle(self, group: Group, outcome: Outcome) -> None:
-        now_ns = self._clock()
-        for run in outcome.executions:
-            self._counters.executed(run.rows, run.input_ns, run.infer_ns, run.output_ns)
-        for entry, result in zip(group.members, outcome.results, strict=True):
-            self._answer(entry, result, Reason.BACKEND, now_ns)
-
-    def _answer(
-        self, entry: Entry, result: MemberResult | MantaError, reason: Reason, now_ns: int
-    ) -> None:
-        """The answer of an execution: at once, or in its turn with preserve_ordering."""
-        if self._policy.preserve_ordering:
-            entry.answer = partial(self._deliver, entry, result, reason)
-        else:
-            self._deliver(entry, result, reason, now_ns)
-
-    def _release(self, now_ns: int) -> None:
-        while self._ordered and self._ordered[0].answer is not None:
-            self._ordered.popleft().answer(now_ns)
-
-    def _deliver(
-        self, entry: Entry, result: MemberResult | MantaError, reason: Reason, now_ns: int
-    ) -> None:
-        """Now. What never ran is answered out of turn."""
-        waited_ns = now_ns - entry.queued_ns
-        if _gone(entry):
-            self._left(entry, now_ns)
-            return
-        if isinstance(result, MantaError):
-            self._counters.failed(reason, waited_ns)
-            result = _copy(result)  # each waiter gets its own: a raised error collects a traceback
-        else:
-            self._counters.succeeded(
-                entry.rows,
-                waited_ns,
-                result.queue_ns,
-                result.input_ns,
-                result.infer_ns,
-                result.output_ns,
-            )
-        entry.answer = _answered
-        try:
-            entry.waiter.deliver(result)
-        except Exception:  # one client's trouble is not the others'
-            logger.exception("an answer of model '%s' was not delivered", self._model_name)
-
-    def _left(self, entry: Entry, now_ns: int) -> None:
-        self._counters.failed(Reason.CANCELED, now_ns - entry.queued_ns)
-        entry.answer = _answered
-
     def _withdraw(self, entry: Entry) -> None:
         if not self._scheduler.withdraw(entry):
             return
-        self._left(entry, self._clock())
+        self._answers.left(entry, self._clock())
         # Without it the rest may be a preferred size. Once per tick: clients can leave in crowds.
         if not self._pumping:
             self._pumping = True
@@ -404,25 +349,6 @@ class Gate:
                     drained.set_result(None)
 
 
-def _gone(entry: Entry) -> bool:
-    return entry.left or (entry.reply is not None and entry.reply.done())
-
-
 def _leave(entry: Entry, reply: asyncio.Future[MemberResult]) -> None:
     """A client is gone, or its request answered, while it may still wait; in whichever gate."""
     entry.owner._withdraw(entry)
-
-
-def _answered(now_ns: int) -> None:
-    """The answer of an entry that has been answered out of turn."""
-
-
-def _reason(error: MantaError) -> Reason:
-    """Of an error that did not come from the model."""
-    if isinstance(error, QueueTimeout):
-        return Reason.REJECTED
-    return Reason.CANCELED if isinstance(error, Cancelled) else Reason.OTHER
-
-
-def _copy(error: MantaError) -> MantaError:
-    return type(error)(*error.args)

@@ -40,7 +40,6 @@ SETTINGS = {
     "dynamic_batching.default_queue_policy": (
         "dynamic_batching { default_queue_policy { max_queue_size: 4 } }"
     ),
-    "dynamic_batching.preserve_ordering": "dynamic_batching { preserve_ordering: true }",
     "dynamic_batching.priority_levels": "dynamic_batching { priority_levels: 2 }",
     "dynamic_batching.priority_queue_policy": (
         "dynamic_batching { priority_queue_policy { key: 1 value { } } }"
@@ -109,7 +108,7 @@ def test_each_is_refused_by_name(refusal):
         "response_cache { enable: false }",
         "optimization { graph { level: 0 } input_pinned_memory { enable: true } }",
         "optimization { priority: PRIORITY_DEFAULT cuda { graphs: false } }",
-        "dynamic_batching { default_queue_policy { } preserve_ordering: false }",
+        "dynamic_batching { default_queue_policy { } preserve_ordering: true }",
         "input { optional: false } input { optional: true }",
     ],
 )

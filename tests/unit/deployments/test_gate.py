@@ -192,46 +192,6 @@ async def test_a_cancellation_lets_the_rest_go_if_it_is_complete_now(clock):
 
 
 @drive
-async def test_preserve_ordering_answers_in_arrival_order(clock):
-    gate, model, _ = make(clock, slots=3, max_rows=1, preferred=(1,), preserve_ordering=True)
-    futures = [submit(gate, n) for n in range(3)]
-    answered = []
-    for n, future in enumerate(futures):
-        future.add_done_callback(lambda _, n=n: answered.append(n))
-    await settle()
-    model.finish(2)
-    model.finish(1)
-    await settle()
-    assert answered == []
-    model.finish(0)
-    await settle()
-    assert answered == [0, 1, 2]
-
-
-@drive
-async def test_preserve_ordering_does_not_wait_for_those_who_left(clock):
-    gate, model, _ = make(clock, slots=1, max_rows=1, preferred=(1,), preserve_ordering=True)
-    futures = [submit(gate, n) for n in range(3)]
-    futures[1].cancel()
-    await settle()
-    model.finish()
-    await settle()
-    model.finish()
-    assert await futures[2]
-    assert not gate._ordered
-
-
-@drive
-async def test_without_preserve_ordering_the_faster_is_answered_first(clock):
-    gate, model, _ = make(clock, slots=2, max_rows=1, preferred=(1,))
-    futures = [submit(gate, n) for n in range(2)]
-    await settle()
-    model.finish(1)
-    await settle()
-    assert [f.done() for f in futures] == [False, True]
-
-
-@drive
 async def test_a_batch_does_not_see_the_context_of_a_client(clock):
     secret = contextvars.ContextVar("secret", default="none")
     seen = []
