@@ -1,7 +1,8 @@
 """LocalClient: a Router's connection to one instance of a replica on the same node.
 
 Owns what is under way there, its time limit, and what this side may send (`slots` decides at the
-other end). One future per batch, no task. Lives on the Router's event loop. Called by `places`.
+other end); how a batch is sent is `outgoing`'s. One future per batch, no task. Lives on the
+Router's event loop. Called by `places`.
 """
 
 from __future__ import annotations
@@ -11,35 +12,20 @@ import contextlib
 import contextvars
 import logging
 import socket
-import time
 from collections.abc import Callable
 
 from . import channel
-from .arena import ARENA_BYTES, Arena, Arenas, Mappings
-from .channel import ChannelError, Frame, Hello, Layout
+from .arena import Mappings
+from .channel import ChannelError, Frame, Hello
 from .codec import Codec
-from .errors import Internal, MantaError, QueueTimeout, ReplicaLost
-from .stream import Stream, check_peer
+from .errors import MantaError, QueueTimeout, ReplicaLost
+from .outgoing import Call, Outgoing
+from .stream import Stream, dial
 from .types import Batch, BatchReply, ChannelAddress
 
 logger = logging.getLogger("manta.local")
 
 CONNECT_S = 5.0
-# Copies from this size on are made on a thread: the event loop has others to serve.
-THREAD_BYTES = 1 << 20
-_TRIM_S = 10.0
-
-
-class _Call:
-    """One batch under way. It is kept until it is answered, also when nobody waits any more."""
-
-    __slots__ = ("arena", "batch", "deadline_s", "future")
-
-    def __init__(self, batch: Batch, future: asyncio.Future[BatchReply], deadline_s: float) -> None:
-        self.batch = batch
-        self.future = future
-        self.deadline_s = deadline_s
-        self.arena = 0
 
 
 class LocalClient:
@@ -59,9 +45,10 @@ class LocalClient:
         self._stream = Stream(sock)
         self._fd = sock.fileno()
         self._codec = Codec()
-        self._arenas = Arenas()
+        self._outgoing = Outgoing(self._stream, self._codec, self._watch, self._tell, self._failed)
+        self._send = self._outgoing.send
         self._mappings = Mappings(writable=False)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._last = 0
         self._limit = 0
         self._granted = False
@@ -70,7 +57,6 @@ class LocalClient:
         self._writing = False
         self._welcome: asyncio.Future[None] | None = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
-        self._trimmer: asyncio.TimerHandle | None = None
 
     @classmethod
     async def connect(
@@ -83,7 +69,7 @@ class LocalClient:
         limit_s: float,
     ) -> LocalClient:
         """Raises ChannelError."""
-        client = cls(_dial(address.path), model_name, changed, limit_s)
+        client = cls(dial(address.path), model_name, changed, limit_s)
         welcome = client._welcome
         assert welcome is not None
         try:
@@ -146,47 +132,21 @@ class LocalClient:
             return future
         self._last = number = self._last + 1
         self._granted = False
-        call = _Call(batch, future, self._loop.time() + self._limit_s)
+        call = Call(batch, future, self._loop.time() + self._limit_s)
         self._calls[number] = call
         if self._timer is None:
             self._arm(call.deadline_s)
         self._send(number, call, 0)
         return future
 
-    def _send(self, number: int, call: _Call, flags: int) -> None:
-        """`flags`: how the members are to be run; none the first time."""
-        try:
-            layout = self._codec.batch(call.batch, apart=bool(flags))
-            arena = None
-            if layout.size >= ARENA_BYTES:
-                arena = self._arenas.take(layout.size)
-                self._tell_dropped()  # before a new one: the replica has its own limits
-            if arena is None:
-                stamp_ns = time.monotonic_ns()
-                head = channel.head(channel.BATCH, layout, flags, number, stamp_ns)
-                self._stream.send(head, layout.pieces, layout.size)
-                self._watch()
-                return
-            call.arena = arena.number
-            if layout.size < THREAD_BYTES:
-                arena.write(layout.pieces)
-                self._pass(number, layout, flags, arena)
-                return
-        except ChannelError as error:
+    def _failed(self, number: int, error: Exception) -> None:
+        """A batch was not sent; `error` is being handled now."""
+        if isinstance(error, ChannelError):
             self._lose(str(error))
-            return
-        except MantaError as error:
+        elif isinstance(error, MantaError):
             self._give_up(number, error)
-            return
-        except Exception:
+        else:
             self._break()
-            return
-        try:
-            copied = self._loop.run_in_executor(None, arena.write, layout.pieces)
-        except Exception:  # no thread, or the loop ends
-            self._break()
-            return
-        copied.add_done_callback(lambda done: self._copied(done, number, layout, flags, arena))
 
     def _give_up(self, number: int, error: MantaError) -> None:
         call = self._calls.pop(number, None)
@@ -196,37 +156,6 @@ class LocalClient:
             self._changed()  # whoever sent it has given up: this is news to them
         else:
             call.future.set_exception(error)
-
-    def _copied(
-        self, done: asyncio.Future[None], number: int, layout: Layout, flags: int, arena: Arena
-    ) -> None:
-        if not self._open:
-            return
-        error = None if done.cancelled() else done.exception()
-        if done.cancelled() or error is not None:  # the executor ends with the process
-            logger.error("a batch was not copied", exc_info=error)
-            self._arenas.forget(arena.number)
-            self._give_up(number, Internal("the server failed to send this request"))
-            return
-        try:
-            self._pass(number, layout, flags, arena)
-        except ChannelError as lost:
-            self._lose(str(lost))
-        except Exception:
-            self._break()
-
-    def _pass(self, number: int, layout: Layout, flags: int, arena: Arena) -> None:
-        flags |= channel.IN_ARENA | (0 if arena.passed else channel.NEW_ARENA)
-        fd = -1 if arena.passed else arena.fd
-        arena.passed = True
-        stamp_ns = time.monotonic_ns()
-        self._stream.send(
-            channel.head(channel.BATCH, layout, flags, number, stamp_ns, arena.number, arena.size),
-            fd=fd,
-        )
-        self._watch()
-        if self._trimmer is None:
-            self._trimmer = self._loop.call_later(_TRIM_S, self._trim)
 
     # --- the socket ------------------------------------------------------------------------------
 
@@ -287,7 +216,7 @@ class LocalClient:
         elif kind == channel.AGAIN:
             self._send_again(frame)
         elif kind == channel.RELEASE:
-            self._arenas.free(frame.arena)
+            self._outgoing.free(frame.arena)
         elif kind == channel.DROP:
             self._mappings.drop(frame.arena)
         elif kind == channel.WELCOME and self._welcome is not None:
@@ -312,7 +241,8 @@ class LocalClient:
         else:
             reply = self._codec.read_reply(frame.header, frame.payload, len(call.batch.rows))
         del self._calls[frame.number]
-        self._settle_arena(call, frame.flags)
+        if call.arena:
+            self._outgoing.settle(call, frame.flags)
         if call.future.done():
             self._changed()  # whoever sent it has given up: this is news to them
         elif isinstance(reply, MantaError):
@@ -325,16 +255,9 @@ class LocalClient:
         how = frame.flags & (channel.SINGLY | channel.HALVES)
         if call is None or not how:
             raise ChannelError("asked for what was not sent")
-        self._settle_arena(call, frame.flags)
+        if call.arena:
+            self._outgoing.settle(call, frame.flags)
         self._send(frame.number, call, how)
-
-    def _settle_arena(self, call: _Call, flags: int) -> None:
-        if call.arena and flags & channel.KEPT:
-            self._arenas.forget(call.arena)
-            self._tell_dropped()
-        elif call.arena:
-            self._arenas.free(call.arena)
-        call.arena = 0
 
     def _released(self, number: int) -> None:
         """Nobody looks at a reply any more; on whichever thread that shows."""
@@ -361,18 +284,6 @@ class LocalClient:
                 return
             _fail(call, QueueTimeout(self._model_name))
 
-    def _trim(self) -> None:
-        self._trimmer = None
-        self._arenas.trim()
-        self._tell_dropped()
-        if self._open and len(self._arenas):
-            self._trimmer = self._loop.call_later(_TRIM_S, self._trim)
-
-    def _tell_dropped(self) -> None:
-        for number in self._arenas.dropped():
-            if self._open:
-                self._tell(channel.DROP, arena=number)
-
     # --- the end ---------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
@@ -393,11 +304,10 @@ class LocalClient:
         if self._writing:
             self._loop.remove_writer(self._fd)
         self._stream.close()
-        self._arenas.close()
+        self._outgoing.close()
         self._mappings.close()
-        for timer in (self._timer, self._trimmer):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         welcome, self._welcome = self._welcome, None
         if welcome is not None:
             if not welcome.done():
@@ -412,27 +322,6 @@ class LocalClient:
             self._changed()
 
 
-def _fail(call: _Call, error: MantaError) -> None:
+def _fail(call: Call, error: MantaError) -> None:
     if not call.future.done():
         call.future.set_exception(error)
-
-
-def _dial(path: str) -> socket.socket:
-    """A connection to a process of our own user. Raises ChannelError."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise ChannelError("this system has no unix sockets")
-    try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    except OSError as error:  # out of descriptors
-        raise ChannelError(f"no connection to the replica: {error.strerror}") from None
-    try:
-        sock.setblocking(False)
-        sock.connect(path)  # at once, or not at all
-        check_peer(sock)
-    except OSError as error:
-        sock.close()
-        raise ChannelError(f"no connection to the replica: {error.strerror}") from None
-    except ChannelError:
-        sock.close()
-        raise
-    return sock

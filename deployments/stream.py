@@ -257,6 +257,27 @@ def _bytes_of(part: Any) -> memoryview:
     return memoryview(part)
 
 
+def dial(path: str) -> socket.socket:
+    """A connection to a process of our own user. Raises ChannelError."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ChannelError("this system has no unix sockets")
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:  # out of descriptors
+        raise ChannelError(f"no connection to the replica: {error.strerror}") from None
+    try:
+        sock.setblocking(False)
+        sock.connect(path)  # at once, or not at all
+        check_peer(sock)
+    except OSError as error:
+        sock.close()
+        raise ChannelError(f"no connection to the replica: {error.strerror}") from None
+    except ChannelError:
+        sock.close()
+        raise
+    return sock
+
+
 def check_peer(sock: socket.socket) -> None:
     """Raises ChannelError when the other end belongs to another user."""
     if sys.platform != "linux":  # the directory's mode must do

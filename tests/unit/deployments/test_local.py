@@ -415,7 +415,7 @@ def test_large_tensors_go_through_shared_memory_that_is_used_again(megabytes):
                 reply = await client.execute(batch)
                 np.testing.assert_array_equal(only(reply), 2 * whole(batch))
                 del reply
-            assert len(client._arenas) == 1 and len(client._mappings) == 1
+            assert len(client._outgoing._arenas) == 1 and len(client._mappings) == 1
             await client.aclose()
 
     large()
@@ -450,7 +450,7 @@ async def test_a_model_that_keeps_its_input_gets_memory_of_its_own():
         for seed in range(8):
             batch = batch_of(*rows(2, 100_000, seed))
             np.testing.assert_array_equal(only(await client.execute(batch)), whole(batch))
-        assert len(client._arenas) <= 1
+        assert len(client._outgoing._arenas) <= 1
         await client.aclose()
 
 
@@ -458,11 +458,11 @@ async def test_a_model_that_keeps_its_input_gets_memory_of_its_own():
 async def test_without_shared_memory_large_tensors_go_through_the_socket():
     async with place(Add()) as at:
         client = await at.connect()
-        client._arenas._max_count = 0
+        client._outgoing._arenas._max_count = 0
         batch = batch_of(*rows(4, 500_000))
         reply = await client.execute(batch)
         np.testing.assert_array_equal(only(reply), 2 * whole(batch))
-        assert len(client._arenas) == 0
+        assert len(client._outgoing._arenas) == 0
         await client.aclose()
 
 
