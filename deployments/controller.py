@@ -23,6 +23,7 @@ from . import applications
 from .applications import BindModel
 from .catalogue import Catalogue
 from .errors import ControlDisabled, ShuttingDown, Unavailable
+from .followers import Followers
 from .lifecycle import Lifecycle
 from .metrics import render
 from .repository import Repository, check_model_name
@@ -52,10 +53,12 @@ class Controller:
         self._changed = asyncio.Condition()
         self._told: deque[str] = deque(maxlen=MAX_MESSAGES)
         self._told_count = 0
+        self._followers = Followers(self._catalogue)
         self._lifecycle = Lifecycle(
             settings,
             repository,
             self._catalogue,
+            self._followers,
             bind_model,
             self._application,
             self._announce,
@@ -111,7 +114,7 @@ class Controller:
             stale = [g.drop_stale(now_s) for _, g in self._catalogue.generations()]
             if any(stale):
                 await self._announce()
-            for router_id in self._lifecycle.silent_routers():
+            for router_id in self._followers.silent():
                 self._aggregator.retire(router_id)
 
     # --- replicas --------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ class Controller:
 
         `in_use` are the applications that the Router may still call: they are not deleted.
         """
-        self._lifecycle.seen(router_id, epoch, sequence, in_use)
+        self._followers.seen(router_id, epoch, sequence, in_use)
         catalogue = self._catalogue
 
         def news() -> bool:

@@ -1,8 +1,8 @@
 """The gRPC lane: ModelInfer calls as HTTP/1.1 from HAProxy straight to the gate, without a task.
 
 Owns these connections, their calls' deadlines and cancellation. The bytes of a call are the
-business of `grpc_wire`, what they mean that of `grpc` and `plans`; to the client, an answer is what
-grpc.aio would give. Called by the gRPC listener, which runs HAProxy in front.
+business of `grpc_wire`, what they mean that of `grpc`, `plans` and `grpc_replies`; to the client,
+an answer is what grpc.aio would give. Called by the gRPC listener, which runs HAProxy in front.
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import httptools
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from configs.server import ServerSettings
 
-from . import grpc, grpc_wire, tensors
+from . import grpc, grpc_replies, grpc_wire
 from .batcher import MemberResult
-from .contract import Work
 from .directory import Served
 from .errors import Internal, InvalidArgument, MantaError
 from .grpc_stubs import service_pb2 as pb
 from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused
 from .inference import Inference, told
 from .plans import Plan, Recent, plan_of
-from .types import InferRequest, InferResponse
 
 logger = logging.getLogger("manta.grpc")
 
@@ -105,7 +102,7 @@ class Connection(asyncio.Protocol):
         self._served: Served | None = None
         self._entry: Any = None
         self._plan: Plan | None = None
-        self._asked: tuple[InferRequest, Work] | None = None
+        self._outputs: tuple[str, ...] | None = None
         self._id = b""
         self._deadline: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
@@ -282,7 +279,7 @@ class Connection(asyncio.Protocol):
         self._served, self._id = served, request.id.encode()
         try:
             work = served.contract.admit(request)
-            self._asked = (request, work)
+            self._outputs = work.outputs
             self._entry = served.gate.enqueue(self, work.rows, work.key, work.inputs, work.outputs)
         except MantaError as error:
             raise told(request.id, error) from error
@@ -291,43 +288,21 @@ class Connection(asyncio.Protocol):
 
     def deliver(self, result: MemberResult | MantaError) -> None:
         """The gate's answer, written in the same tick."""
-        if not self._open:
+        served = self._served
+        if not self._open or served is None:
             return
         try:
             if isinstance(result, MantaError):
                 raise told(self._id.decode(), result)
-            reply = self._planned(result) if self._plan else self._asked_anew(result)
+            if self._plan is not None:
+                reply = grpc_replies.planned(served, self._plan, self._id, result)
+            else:
+                assert self._outputs is not None
+                reply = grpc_replies.anew(served, self._outputs, self._id, result)
         except Exception as error:
             self._fail(error)
         else:
             self._write(reply)
-
-    def _planned(self, result: MemberResult) -> bytes:
-        plan = self._plan
-        assert plan is not None
-        outputs = [result.outputs[name] for name in plan.outputs]
-        opened = plan.head(outputs, lambda: self._opening(self._response(plan.outputs, result)))
-        raw = [np.ascontiguousarray(output.data) for output in outputs]
-        return grpc_wire.answer(opened, self._id, raw)
-
-    def _asked_anew(self, result: MemberResult) -> bytes:
-        assert self._asked is not None
-        response = self._response(self._asked[1].outputs, result)
-        raw = [tensors.to_binary(tensor) for tensor in response.outputs]
-        return grpc_wire.answer(self._opening(response), self._id, raw)
-
-    def _opening(self, response: InferResponse) -> grpc_wire.Opening:
-        return grpc_wire.opening(response, [tensor.data.nbytes for tensor in response.outputs])
-
-    def _response(self, names: tuple[str, ...], result: MemberResult) -> InferResponse:
-        served, call = self._served, self._id.decode()
-        assert served is not None
-        try:
-            outputs = served.contract.answer(names, result.outputs)
-        except MantaError as error:
-            raise told(call, error) from error
-        snapshot = served.snapshot
-        return InferResponse(snapshot.model_name, str(snapshot.version), call, outputs)
 
     # --- deadlines -------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Load-new, flip, drain-old: how model versions come to serve and leave (design: Reload).
 
-Owns the order of steps and what each Router may still call. The Controller calls it; bookkeeping is
-the Catalogue's, Serve's side is `applications`, the disk is the Repository's.
+Owns the order of steps. The Controller calls it; bookkeeping is the Catalogue's, what Routers have
+heard of it the Followers', Serve's side is `applications`, the disk is the Repository's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from . import applications
 from .applications import BindModel
 from .catalogue import Catalogue, Generation, Version
 from .errors import Internal, LoadFailed, MantaError, Unsupported
+from .followers import Followers
 from .planner import UNEXPECTED, Plan, Planner
 from .repository import Repository
 from .types import ModelState, ReplicaReport
@@ -30,18 +30,8 @@ logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
 ADOPTION_S = 5.0
-ROUTER_SILENT_S = 10.0
-CATCH_UP_S = 5.0
 # Beyond the limits of queue and execution, which a Router keeps itself.
 DRAIN_MARGIN_S = 10.0
-
-
-@dataclass(frozen=True)
-class _Seen:
-    at_s: float
-    epoch: int
-    sequence: int
-    in_use: tuple[str, ...]
 
 
 class Lifecycle:
@@ -50,6 +40,7 @@ class Lifecycle:
         settings: ServerSettings,
         repository: Repository,
         catalogue: Catalogue,
+        followers: Followers,
         bind_model: BindModel,
         application: str,
         announce: Callable[[], Awaitable[None]],
@@ -58,13 +49,13 @@ class Lifecycle:
         self._settings = settings
         self._repository = repository
         self._catalogue = catalogue
+        self._followers = followers
         self._planner = Planner(settings, repository, application, applications)
         self._bind_model = bind_model
         self._announce = announce
         self._tell = tell
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads = asyncio.Semaphore(settings.model_load_thread_count)
-        self._routers: dict[str, _Seen] = {}
         self._strays: dict[str, dict[str, ReplicaReport]] = defaultdict(dict)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -183,7 +174,7 @@ class Lifecycle:
         failed = await self._load_all(name, plans, others + sum(p.cpu_instances for p in plans))
         if failed:
             raise LoadFailed(name, " ".join(failed))
-        await self._routers_reach(self._catalogue.sequence)
+        await self._followers.reach(self._catalogue.sequence)
 
     async def _load_all(self, name: str, plans: list[Plan], cpu_instances: int) -> list[str]:
         """Loads the plans of one model, retires what is not among them; what failed, in words."""
@@ -224,7 +215,7 @@ class Lifecycle:
                     version.state, version.reason = ModelState.UNAVAILABLE, "unloaded"
             self._catalogue.forget(name, 0)
             await self._announce()
-        await self._routers_reach(self._catalogue.sequence)
+        await self._followers.reach(self._catalogue.sequence)
 
     async def _retire_version(self, version: Version) -> None:
         generation, version.current = version.current, None
@@ -316,27 +307,6 @@ class Lifecycle:
 
     # --- what may go -----------------------------------------------------------------------------
 
-    def seen(self, router_id: str, epoch: int, sequence: int, in_use: tuple[str, ...]) -> None:
-        self._routers[router_id] = _Seen(time.monotonic(), epoch, sequence, in_use)
-
-    def silent_routers(self) -> list[str]:
-        """Routers that are gone; each is told once."""
-        now_s = time.monotonic()
-        silent = [r for r, seen in self._routers.items() if now_s - seen.at_s > ROUTER_SILENT_S]
-        for router_id in silent:
-            del self._routers[router_id]
-        return silent
-
-    async def _routers_reach(self, sequence: int) -> None:
-        """What a client has loaded must be there whichever Router its next request meets."""
-        deadline_s = time.monotonic() + CATCH_UP_S
-        while time.monotonic() < deadline_s and self._behind(sequence):
-            await asyncio.sleep(POLL_S / 10)
-
-    def _behind(self, sequence: int) -> bool:
-        epoch = self._catalogue.epoch
-        return any(s.epoch != epoch or s.sequence < sequence for s in self._routers.values())
-
     def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that nobody's leaving cancels."""
         task = asyncio.get_running_loop().create_task(work)
@@ -355,7 +325,7 @@ class Lifecycle:
         settings = self._settings
         limit_s = settings.max_queue_s + settings.max_execution_s + DRAIN_MARGIN_S
         deadline_s = time.monotonic() + limit_s
-        while time.monotonic() < deadline_s and self._used(application, sequence):
+        while time.monotonic() < deadline_s and self._followers.use(application, sequence):
             await asyncio.sleep(POLL_S)
         await self._delete(application, settings.exit_timeout_s + DRAIN_MARGIN_S)
         if version is not None and version.current is None and version.loading is None:
@@ -373,10 +343,3 @@ class Lifecycle:
             except Exception as error:  # Serve's controller may be restarting
                 logger.warning("application %s is not deleted yet: %s", application, error)
             await asyncio.sleep(POLL_S * 5)
-
-    def _used(self, application: str, sequence: int) -> bool:
-        epoch = self._catalogue.epoch
-        return any(
-            s.epoch != epoch or s.sequence < sequence or application in s.in_use
-            for s in self._routers.values()
-        )
