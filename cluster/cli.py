@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(word in ("-h", "--help") for word in words[1:]):
         print(usage())
         return 0
+    load_environment()
     try:
         settings = read_settings(words[1:])
     except (FlagError, ValueError) as error:
@@ -89,7 +90,8 @@ def _first_reason(error: Exception) -> str:
 
 
 def load_environment(path: Path = SERVE_ENV) -> Mapping[str, str]:
-    """The throughput profile, where the user has not said otherwise. Before Ray is imported."""
+    """The throughput profile, where the user has not said otherwise. Before Ray is imported, and
+    before the settings are read."""
     pairs = {}
     for line in path.read_text().splitlines():
         name, equals, value = line.strip().partition("=")
@@ -120,7 +122,6 @@ def serve(settings: ServerSettings) -> int:
     Ray's processes belong to a session of their own: a Ctrl-C in the terminal, or a signal to the
     whole process group, would otherwise end them before the requests that they serve.
     """
-    load_environment()
     from deployments.ports import PortInUse, check_free
 
     try:
@@ -179,18 +180,19 @@ def _end_with(parent: int) -> None:
 def _serve_here(settings: ServerSettings) -> int:
     signals = _Signals()
     signals.take()
-    with _fork_server(), _ray(settings):
+    with _fork_server(settings), _ray(settings):
         signals.take()  # Ray has set handlers of its own
         return asyncio.run(_serve(settings, signals))
 
 
 @contextlib.contextmanager
-def _fork_server() -> Iterator[None]:
+def _fork_server(settings: ServerSettings) -> Iterator[None]:
     """The fork server of a local Ray, so early that it imports torch while Ray starts. Workers
     start one themselves where there is none or where it does not suit them."""
     from deployments import forkclient
 
-    if not forkclient.wanted(os.environ) or os.environ.get("RAY_ADDRESS"):
+    wanted = settings.fork_server and forkclient.supported()
+    if not wanted or os.environ.get("RAY_ADDRESS"):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="manta-") as folder:

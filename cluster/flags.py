@@ -58,6 +58,7 @@ FLAGS: dict[str, Flag] = {
     "local-channel": Flag("local_channel", "bool", "reach replicas on the same node by sockets"),
     "http-lane": Flag("http_lane", "bool", "take infer calls past the ASGI application"),
     "grpc-lane": Flag("grpc_lane", "bool", "take ModelInfer past grpc.aio, with HAProxy in front"),
+    "fork-server": Flag("fork_server", "bool", "CPU replicas are forks of one process per node"),
     "gpu-fraction": Flag("gpu_fraction", "number", "share of a GPU per replica"),
     "cpu-fraction": Flag("cpu_fraction", "number", "CPUs asked of Ray per CPU replica"),
     "max-queue-requests": Flag("max_queue_requests", "number", "requests that may wait per model"),

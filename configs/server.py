@@ -7,6 +7,7 @@ serve_config.yaml fits every host. Read by all of deployments/; changes nothing.
 from __future__ import annotations
 
 import os
+import sys
 from itertools import combinations
 from typing import Any, Literal
 
@@ -40,6 +41,11 @@ def _repositories() -> tuple[str, ...]:
 
 def _address(protocol: str) -> str:
     return os.environ.get(f"MANTA_{protocol}_ADDRESS") or "127.0.0.1"
+
+
+def _by_fork() -> bool | str:
+    """Text is for pydantic to read, or to refuse."""
+    return os.environ.get("MANTA_FORK_SERVER") or False
 
 
 def _replica_environment() -> dict[str, str]:
@@ -96,6 +102,12 @@ class ServerSettings(BaseModel):
     )
     grpc_lane: bool = Field(
         True, description="Take ModelInfer calls past grpc.aio, with HAProxy in front."
+    )
+    fork_server: bool = Field(
+        default_factory=_by_fork,
+        validate_default=True,
+        description="CPU replicas are forks of one process per node that has imported torch; by "
+        "default as MANTA_FORK_SERVER says, which cluster/serve.env sets.",
     )
     router_replicas: int = Field(1, ge=1, description="Replicas of the Router.")
     allow_http: bool = Field(True, description="Serve HTTP.")
@@ -180,6 +192,9 @@ class ServerSettings(BaseModel):
     def _consistent(self) -> ServerSettings:
         if self.load_model and self.model_control_mode != "explicit":
             raise ValueError("load_model needs model_control_mode 'explicit'")
+        if self.fork_server and "fork_server" in self.model_fields_set:
+            if sys.platform != "linux":
+                raise ValueError("fork_server needs Linux")
         if self.listener == "serve":
             if not self.allow_http:
                 raise ValueError("allow_http false needs listener 'router': Serve's proxy is HTTP")

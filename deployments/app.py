@@ -4,8 +4,7 @@
 for one model version. Annotations are evaluated here: Serve reads `build_app`'s own.
 """
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
@@ -98,7 +97,7 @@ def _model_deployment(
             "num_cpus": placement.num_cpus,
             "num_gpus": placement.num_gpus,
             "resources": dict(placement.resources),
-            **_by_fork(placement.kind, settings, os.environ),
+            **_by_fork(placement.kind, settings),
         },
         request_router_config=RequestRouterConfig(request_router_class=LeastLoaded),
         health_check_period_s=HEALTH_PERIOD_S,
@@ -109,12 +108,12 @@ def _model_deployment(
     )
 
 
-def _by_fork(kind: str, settings: ServerSettings, environment: Mapping[str, str]) -> dict[str, Any]:
+def _by_fork(kind: str, settings: ServerSettings) -> dict[str, Any]:
     """Replicas as forks of one process per node that has imported torch (`forkserver`).
 
     Those with a GPU are not: CUDA after a fork has yet to be proven here.
     """
-    if kind != "KIND_CPU" or not forkclient.wanted(environment):
+    if kind != "KIND_CPU" or not settings.fork_server or not forkclient.supported():
         return {}
     # For the server's first import and not only the replica: torch reads some of it right there.
     variables = dict(settings.environment)

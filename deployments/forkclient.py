@@ -18,13 +18,16 @@ import socket
 import stat
 import struct
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
-SWITCH = "MANTA_FORK_SERVER"
 # Where `manta serve` has started a server before there was a Ray session to put it in.
 FOLDER = "MANTA_FORK_FOLDER"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LIMIT_S = 40.0  # Ray gives a worker a minute to register
+# For everything up to the fork. Ray gives a worker a minute to register, and one that gets none
+# still has its imports before it.
+LIMIT_S = 40.0
+_LOOK_S = 0.05
 REFUSAL = b"-"
 # What decides how Python, torch, the allocator and the loader come up. Processes that differ in it
 # share no server; the rest of the environment, a worker brings along.
@@ -56,9 +59,8 @@ class Refused(Exception):
     """No fork this time, and nothing was started."""
 
 
-def wanted(environment: Mapping[str, str]) -> bool:
-    """Off unless the environment says so: `cluster/serve.env` does."""
-    return sys.platform == "linux" and environment.get(SWITCH) == "1"
+def supported() -> bool:
+    return sys.platform == "linux"
 
 
 def executable() -> str:
@@ -89,21 +91,31 @@ def ask(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
             "oom_score": _own_oom_score(),
         }
     ).encode()
+    until_s = time.monotonic() + LIMIT_S
     early = environment.get(FOLDER, "")
     if early:
         with contextlib.suppress(OSError, Refused):
             check_owner(early)
             with dial(os.path.join(early, "s")) as connection:
-                return _fork(connection, request)
-    with connect(place(arguments, environment), int(environment.get("RAY_RAYLET_PID", 0))) as found:
-        return _fork(found, request)
+                return _fork(connection, request, until_s)
+    raylet = int(environment.get("RAY_RAYLET_PID", 0))
+    with connect(place(arguments, environment), raylet, until_s) as connection:
+        return _fork(connection, request, until_s)
 
 
-def _fork(connection: socket.socket, request: bytes) -> int:
-    connection.settimeout(LIMIT_S)
+def _rest_s(until_s: float) -> float:
+    rest_s = until_s - time.monotonic()
+    if rest_s <= 0:
+        raise Refused(f"no fork within {LIMIT_S:g} s")
+    return rest_s
+
+
+def _fork(connection: socket.socket, request: bytes, until_s: float) -> int:
+    connection.settimeout(_rest_s(until_s))
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", (0, 1, 2)))]
     connection.sendmsg([len(request).to_bytes(8, "little")], rights)
     connection.sendall(request)
+    connection.settimeout(_rest_s(until_s))
     answer = connection.recv(16)
     if not answer or answer == REFUSAL:
         raise Refused("the fork server refuses" if answer else "the fork server has ended")
@@ -136,7 +148,7 @@ def _own_oom_score() -> str:
 # --- finding and starting the server -------------------------------------------------------------
 
 
-def connect(folder: str, lives_with: int) -> socket.socket:
+def connect(folder: str, lives_with: int, until_s: float) -> socket.socket:
     """A connection to the folder's server, which is started where none runs. It may still import:
     a caller waits in the backlog. `lives_with` is the process with whose end the server ends."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -146,11 +158,20 @@ def connect(folder: str, lives_with: int) -> socket.socket:
     with contextlib.suppress(*absent):
         return dial(address)
     with open(os.path.join(folder, "lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock.fileno(), until_s)
         with contextlib.suppress(*absent):
             return dial(address)
         launch(address, lives_with)
         return dial(address)
+
+
+def _lock(descriptor: int, until_s: float) -> None:
+    """Whoever has it is starting the server."""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(min(_LOOK_S, _rest_s(until_s)))
 
 
 def check_owner(folder: str) -> None:

@@ -67,10 +67,13 @@ class Request:
 def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[2]))
     listener.set_inheritable(False)
+    lives_with = int(sys.argv[3])
+    if lives_with and not os.path.exists(f"/proc/{lives_with}"):
+        return  # before the imports: a caller waits
     os.chdir("/")
     for name in EARLY:
         importlib.import_module(name)
-    request = serve(listener, Likeness(forkclient.facts(os.environ)).suits, int(sys.argv[3]))
+    request = serve(listener, Likeness(forkclient.facts(os.environ)).suits, lives_with)
     if request is not None:
         become(request)
 

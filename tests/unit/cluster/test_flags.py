@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster import cli
 from cluster.cli import main, read_settings
 from cluster.flags import FLAGS, NOT_DONE, FlagError, parse, usage
 from configs.server import ServerSettings
@@ -40,6 +43,36 @@ def test_every_flag_sets_a_setting_that_exists() -> None:
     assert {flag.setting for flag in FLAGS.values()} <= set(ServerSettings.model_fields)
     assert not NOT_DONE & set(FLAGS)
     assert all(f"--{name}" in usage() for name in FLAGS)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """As it was: `manta serve` loads its profile into it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"), [([], True), (["--fork-server=false"], False), (["--http-port=7"], True)]
+)
+def test_the_profile_comes_before_the_settings(tmp_path: Path, monkeypatch, words, wanted) -> None:
+    """What it says of forks counts, unless the command line says otherwise."""
+    monkeypatch.delenv("MANTA_FORK_SERVER", raising=False)
+    seen: list[ServerSettings] = []
+
+    def serve(settings: ServerSettings) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr(cli, "serve", serve)
+    assert main(["serve", f"--model-repository={tmp_path}", *words]) == 0
+    assert [settings.fork_server for settings in seen] == [wanted]
+    monkeypatch.setenv("MANTA_FORK_SERVER", "0")
+    main(["serve", f"--model-repository={tmp_path}", "--fork-server=true"])
+    main(["serve", f"--model-repository={tmp_path}"])
+    assert [settings.fork_server for settings in seen[1:]] == [True, False]
 
 
 def test_settings_from_the_command_line(tmp_path: Path) -> None:

@@ -44,6 +44,30 @@ def test_paths_and_addresses_come_from_the_environment():
     assert ServerSettings(model_repository=["c"]).model_repository == ("c",)
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"), [(None, False), ("", False), ("0", False), ("1", True), ("false", False)]
+)
+def test_forks_are_the_environments_to_turn_on_and_the_settings_to_overrule(text, wanted):
+    if text is not None:
+        os.environ["MANTA_FORK_SERVER"] = text
+    assert ServerSettings().fork_server is wanted
+    assert ServerSettings(fork_server=False).fork_server is False
+
+
+def test_nonsense_in_the_environment_is_refused():
+    os.environ["MANTA_FORK_SERVER"] = "perhaps"
+    with pytest.raises(ValidationError, match=r"fork_server\n.*valid boolean"):
+        ServerSettings()
+
+
+def test_forks_that_are_asked_for_want_linux(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    os.environ["MANTA_FORK_SERVER"] = "1"
+    assert ServerSettings().fork_server  # the profile is the same everywhere
+    with pytest.raises(ValidationError, match="fork_server needs Linux"):
+        ServerSettings(fork_server=True)
+
+
 def test_replicas_get_the_variables_of_torch_and_cuda():
     os.environ.update(CUDA_LAUNCH_BLOCKING="1", CUDA_VISIBLE_DEVICES="0", TORCH_LOGS="all")
     given = ServerSettings().environment

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 from configs.placement import GroupPlacement
 from configs.server import ServerSettings
-from deployments import app, forkclient
+from deployments import app
 
-SETTINGS = ServerSettings(environment={"OMP_NUM_THREADS": "3"})
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux has them")
 
 
-def options(kind: str, monkeypatch: pytest.MonkeyPatch, switch: str) -> dict[str, Any]:
-    monkeypatch.setenv(forkclient.SWITCH, switch)
+def options(kind: str, fork_server: bool) -> dict[str, Any]:
+    settings = ServerSettings(environment={"OMP_NUM_THREADS": "3"}, fork_server=fork_server)
     placement = GroupPlacement(
         deployment="m_0",
         kind=kind,
@@ -26,22 +27,20 @@ def options(kind: str, monkeypatch: pytest.MonkeyPatch, switch: str) -> dict[str
         resources={},
     )
     spec: Any = type("Spec", (), {"deployment": "m_0"})()
-    found: dict[str, Any] = app._model_deployment(spec, placement, SETTINGS).ray_actor_options
+    found: dict[str, Any] = app._model_deployment(spec, placement, settings).ray_actor_options
     return found
 
 
-def test_cpu_replicas_are_forks_with_the_environment_of_the_server(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    environment = options("KIND_CPU", monkeypatch, "1")["runtime_env"]
+def test_cpu_replicas_are_forks_with_the_environment_of_the_server() -> None:
+    environment = options("KIND_CPU", True)["runtime_env"]
     assert environment["py_executable"].endswith("forkclient.py")
     assert environment["env_vars"] == {"OMP_NUM_THREADS": "3"}
 
 
 @pytest.mark.parametrize("kind", ["KIND_GPU", "KIND_MODEL"])
-def test_replicas_with_devices_are_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not options(kind, monkeypatch, "1").get("runtime_env")
+def test_replicas_with_devices_are_not(kind: str) -> None:
+    assert not options(kind, True).get("runtime_env")
 
 
-def test_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not options("KIND_CPU", monkeypatch, "0").get("runtime_env")
+def test_the_setting_turns_it_off() -> None:
+    assert not options("KIND_CPU", False).get("runtime_env")

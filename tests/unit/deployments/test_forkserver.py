@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -47,6 +49,14 @@ with open(sys.argv[1] + ".part", "w") as file:
 os.rename(sys.argv[1] + ".part", sys.argv[1])
 """
 
+# One that is not: it imports nothing that takes long.
+ALONE = """
+import json, os, sys
+with open(sys.argv[1] + ".part", "w") as file:
+    json.dump({"arguments": sys.argv, "pid": os.getpid(), "mark": os.environ.get("MARK")}, file)
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+"""
+
 
 class Stage:
     """What looks like Ray's session, a worker program, and the process that servers live with."""
@@ -56,6 +66,8 @@ class Stage:
         (folder / "session" / "sockets").mkdir(parents=True)
         self.script = folder / "worker.py"
         self.script.write_text(WORKER)
+        self.alone = folder / "alone.py"
+        self.alone.write_text(ALONE)
         self.raylet = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         self.count = 0
 
@@ -64,11 +76,11 @@ class Stage:
         ours = {"RAY_RAYLET_PID": str(self.raylet.pid), "RAY_JOB_ID": "01000000"}
         return {**kept, **ours, "PYTHONPATH": forkclient.ROOT, **changes}
 
-    def arguments(self) -> list[str]:
+    def arguments(self, script: Path | None = None) -> list[str]:
         self.count += 1
         result = self.folder / f"result-{self.count}"
         return [
-            str(self.script),
+            str(script or self.script),
             str(result),
             f"--temp-dir={self.folder}",
             "--session-name=session",
@@ -121,8 +133,9 @@ def request(environment: Mapping[str, str], facts: str = "f") -> Request:
 # --- whole ---------------------------------------------------------------------------------------
 
 
-def test_workers_are_forks_that_share_no_luck(stage: Stage) -> None:
-    """Two workers of one server: each what Ray asked for, and neither repeats the other's ids."""
+def test_workers_are_forks_that_share_no_luck_and_end_alone(stage: Stage) -> None:
+    """Two workers of one server: each what Ray asked for, and neither repeats the other's ids. The
+    server ends with its raylet, and callers then start by themselves."""
     found = []
     for mark in ("one", "two"):
         arguments = stage.arguments()
@@ -138,10 +151,6 @@ def test_workers_are_forks_that_share_no_luck(stage: Stage) -> None:
     assert len(servers(stage)) == 1
     assert one["modules"] == two["modules"] > 1000
     assert not set(one["luck"]) & set(two["luck"])
-
-
-def test_a_server_ends_with_its_raylet_and_callers_start_alone(stage: Stage) -> None:
-    stage.start(stage.arguments(), stage.environment())
     (address,) = servers(stage)
     stage.raylet.kill()
     stage.raylet.wait()
@@ -154,14 +163,14 @@ def test_a_server_ends_with_its_raylet_and_callers_start_alone(stage: Stage) -> 
         return False
 
     wait(gone)
-    worker, output, client = stage.start(stage.arguments(), stage.environment())
+    worker, output, client = stage.start(stage.arguments(stage.alone), stage.environment())
     assert worker["pid"] == client
     assert "without the fork server" in output
 
 
 def test_without_a_session_the_client_becomes_the_worker(stage: Stage) -> None:
     """The negative control of the first test, and the way out whatever is wrong."""
-    arguments = stage.arguments()[:2]
+    arguments = stage.arguments(stage.alone)[:2]
     worker, output, client = stage.start(arguments, stage.environment(MARK="alone"))
     assert worker["pid"] == client and worker["mark"] == "alone"
     assert worker["arguments"] == arguments
@@ -171,10 +180,67 @@ def test_without_a_session_the_client_becomes_the_worker(stage: Stage) -> None:
 # --- the client ----------------------------------------------------------------------------------
 
 
-def test_it_is_off_unless_the_environment_asks() -> None:
-    assert not forkclient.wanted({})
-    assert not forkclient.wanted({forkclient.SWITCH: "0"})
-    assert forkclient.wanted({forkclient.SWITCH: "1"})
+class Clock:
+    """The client's module `time`. Whoever waits gets his time at once."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, time_s: float) -> None:
+        self.now_s += time_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Also what a socket waits for goes by it: no answer comes here."""
+    clock = Clock()
+
+    class Socket(socket.socket):
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            clock.now_s += self.gettimeout() or 0.0
+            raise TimeoutError("timed out")
+
+    monkeypatch.setattr(forkclient, "time", clock)
+    monkeypatch.setattr(socket, "socket", Socket)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("early", "held", "waited_s"),
+    [
+        (False, "server", forkclient.LIMIT_S),
+        (True, "server", forkclient.LIMIT_S),
+        (True, "lock", forkclient.LIMIT_S),
+        (False, "lock", forkclient.LIMIT_S),
+        (False, "nothing", 0.0),  # the control
+    ],
+)
+def test_all_waits_together_have_one_limit(
+    stage: Stage, clock: Clock, monkeypatch: Any, early: bool, held: str, waited_s: float
+) -> None:
+    """Servers that accept and never answer, and a lock that somebody keeps."""
+    monkeypatch.setattr(forkclient, "launch", lambda *_: 1)
+    environment, arguments = stage.environment(), stage.arguments()
+    folders = {"own": Path(forkclient.place(arguments, environment))}
+    if early:
+        folders["early"] = stage.folder / "early"
+        environment[forkclient.FOLDER] = str(folders["early"])
+    with contextlib.ExitStack() as stack:
+        for name, folder in folders.items():
+            folder.mkdir(mode=0o700)
+            if name == "early" or held == "server":
+                listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+                listener.bind(str(folder / "s"))
+                listener.listen()
+        if held == "lock":
+            lock = stack.enter_context((folders["own"] / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises((OSError, forkclient.Refused)):
+            forkclient.ask(arguments, environment)
+    assert clock.now_s - 100.0 == pytest.approx(waited_s)
 
 
 def test_facts_are_what_libraries_read_as_they_load() -> None:
