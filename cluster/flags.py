@@ -13,12 +13,13 @@ class FlagError(Exception):
     """A command line that cannot be served; the text names the flag."""
 
 
-Kind = Literal["text", "number", "bool", "list"]
+Kind = Literal["text", "number", "bool", "list", "switch"]
 
 
 @dataclass(frozen=True)
 class Flag:
-    """`setting` is a field of ServerSettings; `metavar` and `help` are shown by --help."""
+    """`setting` is a field of ServerSettings; `help` is shown by --help. A `switch` may stand
+    without a value."""
 
     setting: str
     kind: Kind
@@ -31,6 +32,12 @@ FLAGS: dict[str, Flag] = {
     "model-control-mode": Flag("model_control_mode", "text", "none or explicit"),
     "load-model": Flag("load_model", "list", "model to load at start in explicit mode; repeatable"),
     "model-load-thread-count": Flag("model_load_thread_count", "number", "models loaded at a time"),
+    "disable-auto-complete-config": Flag(
+        "disable_auto_complete_config", "switch", "config.pbtxt must be complete"
+    ),
+    "strict-model-config": Flag(
+        "disable_auto_complete_config", "bool", "the older name of the same"
+    ),
     "exit-on-error": Flag("exit_on_error", "bool", "end when a model fails to load at start"),
     "strict-readiness": Flag("strict_readiness", "bool", "not ready while a model is unavailable"),
     "exit-timeout-secs": Flag("exit_timeout_s", "number", "how long accepted requests may take"),
@@ -76,7 +83,7 @@ NOT_DONE = frozenset(
     """
     allow-client-shm allow-cpu-metrics allow-gpu-metrics allow-sagemaker allow-vertex-ai
     backend-config backend-directory buffer-manager-thread-count cache-config cache-directory
-    cuda-memory-pool-byte-size cuda-virtual-address-size disable-auto-complete-config
+    cuda-memory-pool-byte-size cuda-virtual-address-size
     enable-peer-access grpc-header-forward-pattern grpc-http2-max-pings-without-data
     grpc-http2-max-ping-strikes grpc-http2-min-recv-ping-interval-without-data
     grpc-infer-allocation-pool-size grpc-infer-response-compression-level grpc-infer-thread-count
@@ -89,7 +96,7 @@ NOT_DONE = frozenset(
     model-load-retry-count model-namespacing pinned-memory-pool-byte-size rate-limit
     rate-limit-resource repoagent-directory repository-poll-secs response-cache-byte-size
     reuse-grpc-port reuse-http-port sagemaker-port sagemaker-safe-port-range
-    sagemaker-thread-count strict-model-config trace-config trace-count trace-file trace-level
+    sagemaker-thread-count trace-config trace-count trace-file trace-level
     trace-log-frequency trace-rate vertex-ai-default-model vertex-ai-port vertex-ai-thread-count
     """.split()
 )
@@ -105,7 +112,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         flag = FLAGS[name]
         if flag.kind == "list":
             settings[flag.setting] = (*settings.get(flag.setting, ()), value)
-        elif flag.kind == "bool":
+        elif flag.kind in ("bool", "switch"):
             settings[flag.setting] = _bool(name, value)
         else:
             settings[flag.setting] = value
@@ -124,6 +131,10 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         if name not in FLAGS:
             raise FlagError(f"unknown option '--{name}'")
         if not equals:
+            if FLAGS[name].kind == "switch":
+                value = rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_FALSE) else "true"
+                yield name, value
+                continue
             if not rest or rest[0].startswith("--"):
                 raise FlagError(f"--{name} needs a value")
             value = rest.pop(0)

@@ -13,25 +13,37 @@ from math import prod
 from .errors import ConfigError
 from .model import ModelConfig, ModelInput, ModelOutput
 
-PLATFORMS = ("pytorch_libtorch", "torch_aoti")
+PLATFORMS = ("pytorch_libtorch", "torch_aoti", "torch_export")
 BACKEND = "pytorch"
 PYTHON_RUNTIME = "model.py"
 REFUSED_DATATYPES = ("TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_BF16")
 
 
-def check(config: ModelConfig) -> None:
-    """Raise ConfigError for the first thing that is wrong."""
-    for error in errors(config):
+def check(config: ModelConfig, partial: bool = False) -> None:
+    """Raise ConfigError for the first thing that is wrong.
+
+    `partial`: what is missing may come from the model; it is looked at once it is there.
+    """
+    for error in errors(config, partial):
         raise error
 
 
-def errors(config: ModelConfig) -> Iterator[ConfigError]:
+def errors(config: ModelConfig, partial: bool = False) -> Iterator[ConfigError]:
     """What is wrong: the first error of each aspect."""
-    for one in _CHECKS:
+    for one in _PARTIAL if partial and lacks(config) else _CHECKS:
+        if one is _batching and config.open_batch:
+            continue
         try:
             one(config)
         except ConfigError as error:
             yield error
+
+
+def lacks(config: ModelConfig) -> bool:
+    """Whether some tensor, or its datatype or dims, is missing."""
+    every = [tensor for _, _, tensor in tensors(config)]
+    known = all(tensor.data_type != "TYPE_INVALID" and tensor.dims for tensor in every)
+    return not (config.input and config.output and known)
 
 
 def tensors(config: ModelConfig) -> Iterator[tuple[str, str, ModelInput | ModelOutput]]:
@@ -51,7 +63,7 @@ def _engine(config: ModelConfig) -> None:
             field="backend",
         )
     if config.platform and config.platform not in PLATFORMS:
-        known = " and ".join(f"'{platform}'" for platform in PLATFORMS)
+        known = ", ".join(f"'{platform}'" for platform in PLATFORMS)
         raise ConfigError(
             f"unexpected platform '{config.platform}' for backend '{BACKEND}'; it has {known}",
             field="platform",
@@ -61,9 +73,10 @@ def _engine(config: ModelConfig) -> None:
             f"runtime '{config.runtime}' is not supported; leave it out or say '{PYTHON_RUNTIME}'",
             field="runtime",
         )
-    if config.runtime and config.platform == "torch_aoti":
+    if config.runtime and config.platform in ("torch_aoti", "torch_export"):
         raise ConfigError(
-            f"runtime '{config.runtime}' does not run platform 'torch_aoti'", field="runtime"
+            f"runtime '{config.runtime}' does not run platform '{config.platform}'",
+            field="runtime",
         )
     if config.runtime and config.default_model_filename.endswith(".pt2"):
         raise ConfigError(
@@ -292,4 +305,12 @@ _CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
     _host_policies,
     _file_names,
     _files_by_capability,
+)
+# What holds whatever the model will add.
+_PARTIAL: tuple[Callable[[ModelConfig], None], ...] = (
+    _engine,
+    _names,
+    _versions,
+    _groups,
+    _file_names,
 )

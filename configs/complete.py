@@ -1,7 +1,8 @@
 """Fills what a configuration leaves out, as Triton's core does (spec/backend.md §1.2, §6.1).
 
-Pure: gets the names of the files in the first version directory and whether a GPU exists.
-Called by the Controller before a version is placed; a normalised configuration stays as it is.
+Pure: gets the names of the files in the first version directory and whether a GPU exists; what a
+loaded model adds comes as plain data. Called by the Controller before a version is placed, and by
+whoever completes it from the model; a normalised configuration stays as it is.
 """
 
 from __future__ import annotations
@@ -11,33 +12,66 @@ from typing import Literal, TypeAlias
 
 from . import checks
 from .errors import ConfigError
-from .model import InstanceGroup, ModelConfig, Optimization, PinnedMemoryBuffer, VersionPolicy
+from .model import (
+    DynamicBatching,
+    InstanceGroup,
+    ModelConfig,
+    Optimization,
+    PinnedMemoryBuffer,
+    VersionPolicy,
+)
 
-RuntimeKind: TypeAlias = Literal["torchscript", "aoti", "eager"]
+RuntimeKind: TypeAlias = Literal["torchscript", "aoti", "eager", "exported"]
 
 DEFAULT_FILES: dict[RuntimeKind, str] = {
     "torchscript": "model.pt",
     "aoti": "model.pt2",
     "eager": checks.PYTHON_RUNTIME,
+    "exported": "model.pt2",
 }
+_BY_PLATFORM: dict[str, RuntimeKind] = {"torch_aoti": "aoti", "torch_export": "exported"}
+DEFAULT_MAX_BATCH_SIZE = 4  # as Triton's default-max-batch-size, for a batch without a bound
 
 
-def normalise(config: ModelConfig, version_files: Sequence[str], has_gpu: bool) -> ModelConfig:
+def normalise(
+    config: ModelConfig, version_files: Sequence[str], has_gpu: bool, partial: bool = False
+) -> ModelConfig:
     """The whole configuration, as clients see it; raises ConfigError.
 
     `version_files` are the regular files of the lexicographically first version directory.
+    `partial`: tensors and max_batch_size may be missing until `finish`.
     """
     config = _choose_engine(config, version_files)
-    checks.check(config)
+    checks.check(config, partial)
     checks.check_strings(config, runtime_kind(config, version_files))
     return config.model_copy(
         update={
             "version_policy": config.version_policy or VersionPolicy(latest=1),
             "optimization": _pinned(config.optimization),
             "dynamic_batching": _preferred(config),
-            "instance_group": _groups(config, has_gpu),
+            "instance_group": _groups(config, has_gpu, partial),
         }
     )
+
+
+def finish(
+    config: ModelConfig, kind: RuntimeKind, max_batch_size: int | None = None
+) -> ModelConfig:
+    """A normalised configuration to which the model has added its part; raises ConfigError.
+
+    `max_batch_size` is the model's, None where it has no say. Batches that nobody has asked for
+    are made, as in Triton, wherever the model takes them.
+    """
+    if config.open_batch and max_batch_size is not None:
+        dynamic = config.dynamic_batching
+        if max_batch_size > 1 and dynamic is None:
+            dynamic = DynamicBatching()
+        found = {"max_batch_size": max_batch_size, "dynamic_batching": dynamic}
+        config = config.model_copy(update=found)
+    config = config.model_copy(update={"open_batch": False})
+    checks.check(config)
+    checks.check_strings(config, kind)
+    return config.model_copy(update={"dynamic_batching": _preferred(config)})
 
 
 def runtime_kind(config: ModelConfig, version_files: Collection[str] = ()) -> RuntimeKind:
@@ -49,7 +83,7 @@ def runtime_kind(config: ModelConfig, version_files: Collection[str] = ()) -> Ru
     if config.runtime == checks.PYTHON_RUNTIME:
         script = artifact_filename(config, version_files).endswith(".py")
         return "eager" if script else "torchscript"
-    return "aoti" if config.platform == "torch_aoti" else "torchscript"
+    return _BY_PLATFORM.get(config.platform, "torchscript")
 
 
 def artifact_filename(
@@ -68,7 +102,7 @@ def artifact_filename(
         script = DEFAULT_FILES["eager"]
         fallback = DEFAULT_FILES["torchscript"]
         return fallback if script not in version_files and fallback in version_files else script
-    return DEFAULT_FILES["aoti" if config.platform == "torch_aoti" else "torchscript"]
+    return DEFAULT_FILES[_BY_PLATFORM.get(config.platform, "torchscript")]
 
 
 def normalise_version(
@@ -76,6 +110,7 @@ def normalise_version(
     first_files: Sequence[str],
     version_files: Sequence[str],
     has_gpu: bool,
+    partial: bool = False,
 ) -> ModelConfig:
     """The whole configuration of one version; raises ConfigError.
 
@@ -83,12 +118,12 @@ def normalise_version(
     version that does not have what was found there is sniffed by itself. So versions of several
     kinds stand beside each other, whichever comes first.
     """
-    whole = normalise(config, first_files, has_gpu)
+    whole = normalise(config, first_files, has_gpu, partial)
     wanted = {artifact_filename(whole, version_files), *whole.cc_model_filenames.values()}
     if not wanted.isdisjoint(version_files):
         return whole
     if _is_open(config) and any(_sniff(version_files)):
-        return normalise(config, version_files, has_gpu)
+        return normalise(config, version_files, has_gpu, partial)
     return of_version(whole, version_files)
 
 
@@ -125,6 +160,16 @@ def artifact_filenames(config: ModelConfig, version_files: Collection[str] = ())
     return [default, *config.cc_model_filenames.values()]
 
 
+def of_content(config: ModelConfig, stated: bool, archive: str) -> ModelConfig:
+    """A version's configuration once its .pt2 file was looked into: `archive` is what it holds.
+
+    Both kinds have the same name; a platform that the configuration has stated stays.
+    """
+    if stated or config.platform != "torch_aoti" or archive != "exported":
+        return config
+    return config.model_copy(update={"platform": "torch_export"})
+
+
 def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
     backend, platform, runtime = config.backend, config.platform, config.runtime
     filename = config.default_model_filename
@@ -140,8 +185,8 @@ def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
         # Triton hands a .pt2 to TorchScript here, which cannot read it.
         platform = "torch_aoti" if filename.endswith(".pt2") and not runtime else "pytorch_libtorch"
     if not filename and not runtime:
-        if platform == "torch_aoti":
-            filename = DEFAULT_FILES["aoti"]
+        if platform in _BY_PLATFORM:
+            filename = DEFAULT_FILES[_BY_PLATFORM[platform]]
         elif config.backend and not config.platform:  # otherwise it stays empty, as in Triton
             filename = DEFAULT_FILES["torchscript"]
     return config.model_copy(
@@ -175,7 +220,7 @@ def _unknown_engine(config: ModelConfig) -> str:
     reason = f"must specify 'backend' or 'platform' for model '{config.name}'"
     if config.default_model_filename:
         return reason
-    wanted = ", ".join(DEFAULT_FILES.values())
+    wanted = ", ".join(dict.fromkeys(DEFAULT_FILES.values()))
     return f"{reason}: its first version directory has none of {wanted}"
 
 
@@ -195,10 +240,11 @@ def _preferred(config: ModelConfig) -> object:
     return dynamic.model_copy(update={"preferred_batch_size": (config.max_batch_size,)})
 
 
-def _groups(config: ModelConfig, has_gpu: bool) -> tuple[InstanceGroup, ...]:
+def _groups(config: ModelConfig, has_gpu: bool, partial: bool) -> tuple[InstanceGroup, ...]:
     given = config.instance_group or (InstanceGroup(name=config.name),)
     groups = tuple(_group(config, k, group, has_gpu) for k, group in enumerate(given))
-    checks.check(config.model_copy(update={"instance_group": groups}))  # kinds are known only now
+    # Kinds are known only now.
+    checks.check(config.model_copy(update={"instance_group": groups}), partial)
     return groups
 
 

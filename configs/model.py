@@ -6,7 +6,7 @@ between fields in `checks.py`. Made by `pbtxt.parse`, filled in by `complete.nor
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Frozen(BaseModel):
@@ -92,6 +92,8 @@ class Optimization(_Frozen):
 class ModelConfig(_Frozen):
     """`parameters` holds each parameter's string_value.
 
+    `open_batch`: nothing says max_batch_size, so that the model may. No field of the proto.
+
     `allow_ragged_batch` keeps its default: a configuration that sets it is refused before it
     becomes one of these.
     """
@@ -110,6 +112,7 @@ class ModelConfig(_Frozen):
     cc_model_filenames: dict[str, str] = {}
     dynamic_batching: DynamicBatching | None = None
     parameters: dict[str, str] = {}
+    open_batch: bool = Field(False, exclude=True)
 
     @property
     def passive(self) -> bool:

@@ -43,6 +43,7 @@ class ModelParameters(BaseModel):
     enable_tensor_fuser: bool | None = None
     enable_freezing: bool = False
     enable_cuda_graphs: bool = False
+    compile_on_load: bool = False
     num_threads: int = 1
     num_interop_threads: int = 1
     torch_compile_optional_parameters: dict[str, Any] = {}
@@ -133,9 +134,10 @@ class _Rule:
 
 
 _SCRIPT: tuple[RuntimeKind, ...] = ("torchscript",)
-_LIBTORCH: tuple[RuntimeKind, ...] = ("torchscript", "aoti")
+_LIBTORCH: tuple[RuntimeKind, ...] = ("torchscript", "aoti", "exported")
 _EAGER: tuple[RuntimeKind, ...] = ("eager",)
-_ALL: tuple[RuntimeKind, ...] = ("torchscript", "aoti", "eager")
+_EXPORTED: tuple[RuntimeKind, ...] = ("exported",)
+_ALL: tuple[RuntimeKind, ...] = ("torchscript", "aoti", "eager", "exported")
 
 RULES: dict[str, _Rule] = {
     "DISABLE_OPTIMIZED_EXECUTION": _Rule(_bool, _SCRIPT),
@@ -150,6 +152,7 @@ RULES: dict[str, _Rule] = {
     "ENABLE_TENSOR_FUSER": _Rule(_bool, _SCRIPT),
     "ENABLE_FREEZING": _Rule(_bool, _SCRIPT),
     "ENABLE_CUDA_GRAPHS": _Rule(_bool, _SCRIPT),
+    "COMPILE_ON_LOAD": _Rule(_bool, _EXPORTED),
     "NUM_THREADS": _Rule(_count, _EAGER),
     "NUM_INTEROP_THREADS": _Rule(_count, _EAGER),
     "TORCH_COMPILE_OPTIONAL_PARAMETERS": _Rule(_compile_options, _EAGER),
@@ -250,6 +253,7 @@ _SWITCHES = {
     "ENABLE_TENSOR_FUSER": "Tensor fuser",
     "ENABLE_FREEZING": "Freezing",
     "ENABLE_CUDA_GRAPHS": "CUDA graphs",
+    "COMPILE_ON_LOAD": "Compilation on load",
 }
 _SILENT = {  # no line unless the configuration has the key
     "ENABLE_WEIGHT_SHARING",
@@ -258,6 +262,7 @@ _SILENT = {  # no line unless the configuration has the key
     "ENABLE_TENSOR_FUSER",
     "ENABLE_FREEZING",
     "ENABLE_CUDA_GRAPHS",
+    "COMPILE_ON_LOAD",
 }
 
 

@@ -38,16 +38,19 @@ _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 _REASON_LENGTH, _FIELD_LENGTH = 500, 200  # text_format quotes the whole line
 
 
-def parse(text: str, file: str, directory_name: str) -> ModelConfig:
-    """Raises ConfigError; `file` is what errors call the text, relative to the repository."""
-    config, errors = examine(text, file, directory_name)
+def parse(text: str, file: str, directory_name: str, partial: bool = False) -> ModelConfig:
+    """Raises ConfigError; `file` is what errors call the text, relative to the repository.
+
+    `partial`: tensors and max_batch_size may be missing, for the model to complete.
+    """
+    config, errors = examine(text, file, directory_name, partial)
     if errors or config is None:
         raise errors[0]
     return config
 
 
 def examine(
-    text: str, file: str, directory_name: str
+    text: str, file: str, directory_name: str, partial: bool = False
 ) -> tuple[ModelConfig | None, list[ConfigError]]:
     """The configuration, None where the text cannot be read, and all that is wrong with it."""
     proto = pb.ModelConfig()
@@ -58,7 +61,9 @@ def examine(
     found = [*unsupported(proto), *_misnamed(proto, directory_name)]
     proto.name = directory_name
     config = from_proto(proto)
-    found += checks.errors(config)
+    if partial and "max_batch_size" not in _top_level(text):
+        config = config.model_copy(update={"open_batch": True})
+    found += checks.errors(config, partial)
     if config.platform and not config.runtime:  # else the files decide, in `normalise`
         try:
             checks.check_strings(config, runtime_kind(config))

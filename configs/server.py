@@ -84,6 +84,9 @@ class ServerSettings(BaseModel):
     model_load_thread_count: int = Field(
         4, ge=1, le=64, description="How many models load at the same time."
     )
+    disable_auto_complete_config: bool = Field(
+        False, description="config.pbtxt must be complete; nothing is read from the model."
+    )
     model_load_timeout_s: float = Field(
         300, gt=0, description="How long one model version may take to load."
     )

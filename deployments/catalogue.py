@@ -7,7 +7,7 @@ No ray, no asyncio, no clock of its own. Owned by the Controller, which acts on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from configs.model import ModelConfig
 
@@ -17,11 +17,16 @@ from .types import Endpoint, ModelState, ReplicaReport, Snapshot, Target, Versio
 STALE_S = 5.0
 # After a Router has lost a call, a replica must speak up again this soon.
 SUSPECT_S = 1.5
+DISAGREE = "the model's replicas complete its configuration differently; write it out"
 
 
 @dataclass
 class Generation:
-    """One application of one model version. `replicas` is how many each deployment wants."""
+    """One application of one model version. `replicas` is how many each deployment wants.
+
+    `config` is what was planned until the replicas have completed it, and then what clients see:
+    once `settled`, a replica that comes to another one does not count.
+    """
 
     application: str
     config: ModelConfig
@@ -29,6 +34,7 @@ class Generation:
     replicas: Mapping[str, int]
     reports: dict[str, ReplicaReport] = field(default_factory=dict)
     seen_s: dict[str, float] = field(default_factory=dict)
+    settled: bool = False
 
     def note(self, report: ReplicaReport, now_s: float) -> bool:
         """Take a report; true when it changes what Routers or a waiting load should know."""
@@ -37,6 +43,8 @@ class Generation:
             self.reports.pop(report.replica_id, None)
             self.seen_s.pop(report.replica_id, None)
         else:
+            if self.settled and report.loaded and report.config != self.config:
+                report = replace(report, loaded=False, error=DISAGREE)
             self.reports[report.replica_id] = report
             self.seen_s[report.replica_id] = now_s
         return before != (self.targets(), self.error(), self.complete())
@@ -73,6 +81,15 @@ class Generation:
         return all(
             sum(1 for _ in self._live(name)) >= count for name, count in self.replicas.items()
         )
+
+    def settle(self) -> str:
+        """Take over what the replicas have made of the configuration; why not, if they differ."""
+        configs = [report.config for report in self.reports.values() if report.loaded]
+        if any(config != configs[0] for config in configs):
+            return DISAGREE
+        self.config = configs[0] if configs else self.config
+        self.settled = True
+        return ""
 
     def broken(self) -> bool:
         """Replacements of dead replicas do not load, and nobody else serves."""

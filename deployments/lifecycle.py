@@ -116,6 +116,7 @@ class Lifecycle:
             return
         first = reports[0]
         generation = Generation(application, first.config, first.fingerprint, dict(replicas))
+        generation.settled = True
         for report in reports:
             generation.note(report, time.monotonic())
         version.current, version.state, version.reason = generation, ModelState.READY, ""
@@ -303,7 +304,7 @@ class Lifecycle:
                 if failure:
                     return failure
             await asyncio.sleep(POLL_S)
-        return ""
+        return generation.settle()
 
     # --- what may go -----------------------------------------------------------------------------
 

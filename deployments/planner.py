@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from configs.complete import normalise_version
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import parse_parameters
@@ -73,6 +72,7 @@ class Planner:
         self._repository = repository
         self._controller_application = controller_application
         self._cluster = cluster
+        self._completes = not settings.disable_auto_complete_config
 
     def plan(self, name: str) -> tuple[list[Plan], dict[int, str]]:
         """The versions that the policy selects, and why some of them cannot be.
@@ -83,7 +83,7 @@ class Planner:
         if found.error:
             raise ConfigError(found.error)
         gpus = self._cluster.gpu_count()
-        config = self._repository.read_config(found)
+        config = self._repository.read_config(found, self._completes)
         numbers, failed = self._repository.select_versions(config, found.versions)
         plans = []
         for number in numbers:
@@ -99,8 +99,8 @@ class Planner:
     def _plan(self, found: Found, number: int, config: ModelConfig, gpus: int) -> Plan:
         repository = self._repository
         try:
+            normal = repository.version_config(found, number, config, gpus > 0, self._completes)
             files = repository.version_files(found, number)
-            normal = normalise_version(config, repository.first_files(found), files, gpus > 0)
             normal = list_gpus(normal, gpus)
             placements = self._place(normal, files, gpus)
             labels = repository.labels(found, normal)
@@ -142,6 +142,7 @@ class Planner:
                 model_name=plan.found.name,
                 version=plan.number,
                 config=plan.config,
+                complete=self._completes,
                 content_hash=plan.content_hash,
                 fingerprint=plan.fingerprint,
                 kind=placement.kind,

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ray import get_runtime_context, serve
@@ -56,6 +57,7 @@ class ModelReplica:
         self, spec: ReplicaSpec, *_siblings: object
     ) -> None:
         self._spec = spec
+        self._config = spec.config
         self._instances: list[Instance] = []
         self._doorway: Doorway | None = None
         self._channel: ChannelAddress | None = None
@@ -86,6 +88,7 @@ class ModelReplica:
 
     async def _load(self) -> None:
         from .instance import Instance
+        from .runtimes import autocomplete
         from .weights import WeightCache
 
         spec = self._spec
@@ -107,12 +110,18 @@ class ModelReplica:
             logger.info("%s", line)
         if capability:
             logger.info("Using '%s' for compute capability %s", artifact.name, capability)
+        if spec.complete:
+            work = partial(autocomplete.complete, artifact, spec.config, parameters)
+            try:
+                self._config = await asyncio.to_thread(work, _device(spec), spec.kind)
+            except ConfigError as error:
+                raise repository.explain(found, error) from None
         cache = WeightCache() if parameters.enable_weight_sharing else None
         self._instances = [
             Instance(
                 name=f"{spec.model_name}_{spec.version}_{spec.deployment}_{k}",
                 artifact=artifact,
-                config=spec.config,
+                config=self._config,
                 parameters=parameters,
                 device=_device(spec),
                 kind=spec.kind,
@@ -216,7 +225,7 @@ class ModelReplica:
             instances=len(self._instances),
             device=_device(spec),
             fingerprint=spec.fingerprint,
-            config=spec.config,
+            config=self._config,
             error=self._error,
             loaded=not self._error,
             healthy=not self._stuck(),

@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import pbtxt
-from configs.complete import artifact_filename, artifact_filenames
+from configs.complete import (
+    artifact_filename,
+    artifact_filenames,
+    normalise_version,
+    of_content,
+)
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 
+from . import archives
 from .errors import Internal, InvalidArgument, Unavailable
 
 logger = logging.getLogger("manta.repository")
@@ -103,27 +109,47 @@ class Repository:
 
     # --- one model ------------------------------------------------------------------------------
 
-    def read_config(self, found: Found) -> ModelConfig:
-        """config.pbtxt, parsed and checked; ConfigError names file, line and field."""
+    def read_config(self, found: Found, partial: bool = False) -> ModelConfig:
+        """config.pbtxt, parsed and checked; ConfigError names file, line and field.
+
+        `partial`: the file, or what the model can tell, may be missing.
+        """
         file = f"{found.name}/{CONFIG}"
         text = self._config_text(found)
         if text is None:
             try:
-                return pbtxt.parse("", file, found.name)
+                return pbtxt.parse("", file, found.name, partial)
             except ConfigError as error:
                 sniffed = self.version_files(found, found.versions[0]) if found.versions else ()
                 lies = f"version {found.versions[0]} has {', '.join(sniffed)}; " if sniffed else ""
                 reason = f"the file is missing: {lies}{error.reason}"
                 raise ConfigError(reason, file=file) from None
-        return pbtxt.parse(text, file, found.name)
+        return pbtxt.parse(text, file, found.name, partial)
 
-    def config_errors(self, found: Found) -> list[ConfigError]:
-        """All that is wrong with config.pbtxt by itself; none where the file is missing."""
+    def version_config(
+        self, found: Found, version: int, config: ModelConfig, has_gpu: bool, partial: bool = False
+    ) -> ModelConfig:
+        """What `read_config` gave, normalised and as this version has it. A .pt2 file is looked
+        into, and nothing is loaded; raises ConfigError."""
+        files = self.version_files(found, version)
+        normal = normalise_version(config, self.first_files(found), files, has_gpu, partial)
+        for name in artifact_filenames(normal, files):
+            if name.endswith(".pt2") and name in files:
+                path = _contained(Path(found.path), f"{version}/{name}")
+                stated = config.platform == normal.platform
+                return of_content(normal, stated, archives.inspect(path).kind)
+        return normal
+
+    def config_errors(self, found: Found, partial: bool = False) -> list[ConfigError]:
+        """All that is wrong with config.pbtxt by itself; none where the file is missing.
+        `partial`: it may lack what the model can tell."""
         try:
             text = self._config_text(found)
         except ConfigError as error:
             return [error]
-        return [] if text is None else pbtxt.examine(text, f"{found.name}/{CONFIG}", found.name)[1]
+        if text is None:
+            return []
+        return pbtxt.examine(text, f"{found.name}/{CONFIG}", found.name, partial)[1]
 
     def explain(self, found: Found, error: ConfigError) -> ConfigError:
         """An error raised later than parsing (complete, parameters, placement), told its line."""

@@ -199,7 +199,8 @@ class Snapshot:
 class ReplicaReport:
     """What a replica tells the Controller, at registration and at every heartbeat.
 
-    `fingerprint` is that of its spec; `log` are the lines that it wrote while it loaded.
+    `fingerprint` is that of its spec, `config` its spec's as the model has completed it; `log` are
+    the lines that it wrote while it loaded.
     """
 
     application: str
@@ -231,6 +232,7 @@ class ReplicaSpec:
     have `content_hash`. `fingerprint` also covers placement and settings: two replicas of equal
     fingerprint do the same. `gpu` is the listed index that the replica makes its only device.
     A passive one loads, and is never sent a batch.
+    `complete`: the model may add to `config`.
     """
 
     controller_application: str
@@ -248,5 +250,6 @@ class ReplicaSpec:
     threads: int
     max_execution_s: float
     logical_gpus: bool = False
+    complete: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     passive: bool = False

@@ -25,10 +25,11 @@ import torch
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
+from deployments import archives
 from deployments.errors import MantaError
 from deployments.instance import Instance
 from deployments.planner import available_cpus
-from deployments.runtimes import archives, faults
+from deployments.runtimes import autocomplete, faults
 
 _POLL_S = 0.02
 _COUNT_LIMIT_S = 60.0
@@ -101,17 +102,18 @@ def _load(subject: Subject) -> dict[str, Any]:
 
 def _try(subject: Subject, cuda: bool) -> list[Any] | str | None:
     """Why it does not load: what a ConfigError holds, or a text."""
-    instance = Instance(
-        name=subject.config.name,
-        artifact=subject.artifact,
-        config=subject.config,
-        parameters=subject.parameters,
-        device=f"cuda:{subject.gpu or 0}" if cuda and subject.kind == "KIND_GPU" else "cpu",
-        kind=subject.kind,
-        threads=available_cpus(),
-    )
+    artifact, parameters, kind = subject.artifact, subject.parameters, subject.kind
+    device = f"cuda:{subject.gpu or 0}" if cuda and kind == "KIND_GPU" else "cpu"
     try:
-        instance.load()
+        Instance(
+            name=subject.config.name,
+            artifact=artifact,
+            config=autocomplete.complete(artifact, subject.config, parameters, device, kind),
+            parameters=parameters,
+            device=device,
+            kind=kind,
+            threads=available_cpus(),
+        ).load()
     except ConfigError as error:
         return list(error.args)
     except MantaError as error:

@@ -69,7 +69,7 @@ class Verdicts:
 
     def _of_model(self, name: str) -> Iterator[Finding]:
         found = self._repository.find(name)
-        errors = [] if found.error else self._repository.config_errors(found)
+        errors = [] if found.error else self._repository.config_errors(found, partial=True)
         if errors:
             yield from (Finding("error", str(error)) for error in errors)
             return

@@ -19,10 +19,11 @@ import torch
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
+from deployments import archives
 from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.signature import Binding, Signature, bind
 
-from . import Value, archives, faults, place
+from . import Value, faults, place
 from .callspec import parse_call_spec
 
 _CHECK = re.compile(r"input_handles\[(\d+)\]: (.+)", re.DOTALL)

@@ -17,9 +17,10 @@ import torch
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
+from deployments import archives
 from deployments.signature import Binding, Signature, bind
 
-from . import Value, archives, devices, faults, place, schema
+from . import Value, devices, faults, place, schema
 from .arrangement import Arrangement
 from .outputs import pick
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deployments.runtimes import archives
+from deployments import archives
 from tests import models
 
 

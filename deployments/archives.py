@@ -1,6 +1,7 @@
 """What a .pt or .pt2 file is, told from its zip listing and opcodes: nothing is unpickled or run.
 
-Refuses by name what a loader cannot take, and says what to do instead. Called by the runtimes.
+Refuses by name what a loader cannot take, and says what to do instead. Called by the repository,
+which tells engines by content, and by the runtimes. No torch.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def inspect(path: Path) -> Archive:
         packages = [name for name in names if name.startswith("data/aotinductor/")]
         if packages:
             return _aoti(archive, names, packages)
-        if any(name.startswith("models/") for name in names):
-            return Archive("exported")
+        programs = [name for name in names if name.startswith("models/")]
+        if programs:
+            models = (name.split("/")[1].removesuffix(".json") for name in programs)
+            return Archive("exported", models=tuple(sorted(models)))
         if "constants.pkl" in names or any(name.startswith("code/") for name in names):
             return Archive("torchscript")
         if "data.pkl" in names:
@@ -90,8 +93,7 @@ def refuse_torchscript(archive: Archive) -> str:
         'class into model.py beside it and set runtime: "model.py", or save '
         "torch.jit.script(model).save('model.pt')",
         "aoti": 'this is an AOT Inductor package: set platform: "torch_aoti"',
-        "exported": "this is a program from torch.export.save. Compile it with "
-        'torch._inductor.aoti_compile_and_package and set platform: "torch_aoti"',
+        "exported": 'this is a program from torch.export.save: set platform: "torch_export"',
     }.get(archive.kind, "")
 
 
@@ -103,11 +105,26 @@ def refuse_aoti(archive: Archive) -> str:
         return f"the package holds no model named 'model', only {', '.join(archive.models)}"
     if archive.kind == "exported":
         return (
-            "this is a program from torch.export.save, not an AOT Inductor package. Compile it "
-            "with torch._inductor.aoti_compile_and_package(exported, package_path='model.pt2')"
+            "this is a program from torch.export.save, not an AOT Inductor package: set "
+            'platform: "torch_export"'
         )
     if archive.kind == "torchscript":
         return 'this is TorchScript: set platform: "pytorch_libtorch"'
     if archive.kind in ("module", "state_dict"):
         return "this is a pickle from torch.save, not an AOT Inductor package, and is not loaded"
     return "this is not an AOT Inductor package (not readable as a .pt2 archive)"
+
+
+def refuse_exported(archive: Archive) -> str:
+    """Why this is no program from torch.export.save with a model named 'model'; "" when it is."""
+    if archive.kind == "exported":
+        if "model" in archive.models:
+            return ""
+        return f"the archive holds no program named 'model', only {', '.join(archive.models)}"
+    if archive.kind == "aoti":
+        return 'this is an AOT Inductor package: set platform: "torch_aoti"'
+    if archive.kind == "torchscript":
+        return 'this is TorchScript: set platform: "pytorch_libtorch"'
+    if archive.kind in ("module", "state_dict"):
+        return "this is a pickle from torch.save, not one from torch.export.save, and is not loaded"
+    return "this is not a program from torch.export.save (not readable as a .pt2 archive)"
