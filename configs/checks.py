@@ -16,7 +16,7 @@ from .model import ModelConfig, ModelInput, ModelOutput
 PLATFORMS = ("pytorch_libtorch", "torch_aoti", "torch_export")
 BACKEND = "pytorch"
 PYTHON_RUNTIME = "model.py"
-REFUSED_DATATYPES = ("TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_BF16")
+TENSORS_ONLY = ("aoti", "exported")  # runtime kinds that cannot do with strings
 
 
 def check(config: ModelConfig, partial: bool = False) -> None:
@@ -113,25 +113,24 @@ def _datatypes(config: ModelConfig) -> None:
             raise ConfigError(
                 f"model {kind} '{tensor.name}' must specify 'data_type'", field=f"{path}.data_type"
             )
-        if tensor.data_type in REFUSED_DATATYPES:
-            raise _unsupported(config, kind, path, tensor)
-
-
-def _unsupported(
-    config: ModelConfig, kind: str, path: str, tensor: ModelInput | ModelOutput
-) -> ConfigError:
-    return ConfigError(
-        f"unsupported datatype {tensor.data_type} for {kind} '{tensor.name}' "
-        f"for model '{config.name}'",
-        field=f"{path}.data_type",
-    )
 
 
 def check_strings(config: ModelConfig, kind: str) -> None:
-    """Strings are TorchScript's alone; called once the runtime's kind is known."""
+    """What a runtime of this kind does not do with strings; called once the kind is known."""
     for side, path, tensor in tensors(config):
-        if tensor.data_type == "TYPE_STRING" and kind != "torchscript":
-            raise _unsupported(config, side, path, tensor)
+        if tensor.data_type != "TYPE_STRING":
+            continue
+        if kind in TENSORS_ONLY:
+            raise ConfigError(
+                f"unsupported datatype {tensor.data_type} for {side} '{tensor.name}' "
+                f"for model '{config.name}'",
+                field=f"{path}.data_type",
+            )
+        if kind == "torchscript" and len(tensor.model_dims) + (config.max_batch_size > 0) > 1:
+            raise ConfigError(
+                f"only 1-dimensional List of String is supported as {side} for '{tensor.name}'",
+                field=f"{path}.dims",
+            )
 
 
 def _dims(config: ModelConfig) -> None:
@@ -172,16 +171,6 @@ def _segments(dims: tuple[int, ...]) -> list[int]:
     """Element counts between the variable sizes: [2, -1, 3, 4] -> [2, 12]."""
     cuts = [-1, *(i for i, size in enumerate(dims) if size == -1), len(dims)]
     return [prod(dims[a + 1 : b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-
-
-def _string_ranks(config: ModelConfig) -> None:
-    for kind, path, tensor in tensors(config):
-        rank = len(tensor.model_dims) + (config.max_batch_size > 0)
-        if tensor.data_type == "TYPE_STRING" and rank > 1:
-            raise ConfigError(
-                f"only 1-dimensional List of String is supported as {kind} for '{tensor.name}'",
-                field=f"{path}.dims",
-            )
 
 
 def _formats(config: ModelConfig) -> None:
@@ -297,7 +286,6 @@ _CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
     _names,
     _datatypes,
     _dims,
-    _string_ranks,
     _formats,
     _versions,
     _batching,

@@ -38,6 +38,11 @@ class ModelInput(_Frozen):
         """What the model sees, without the batch dimension."""
         return self.dims if self.reshape is None else self.reshape.shape
 
+    @property
+    def carries_shape(self) -> bool:
+        """Whether how many strings there are leaves their shape open, so that it goes with them."""
+        return self.data_type == "TYPE_STRING" and self.model_dims.count(-1) > 1
+
 
 class ModelOutput(_Frozen):
     name: str = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,14 +167,21 @@ def build(group: Group) -> Batch:
 
 
 def cut(output: OutputArray, start: int, end: int) -> OutputArray:
-    """Rows start to end as views. A batched BYTES tensor has one element per row (§7)."""
+    """Rows start to end as views. A batched BYTES tensor has one element per row, or a shape."""
     if output.offsets is None:
         return OutputArray(output.data[start:end])
+    shape = None
+    if output.shape is not None:
+        width = math.prod(output.shape[1:])
+        shape = (end - start, *output.shape[1:])
+        start, end = start * width, end * width
     offsets = output.offsets[start : end + 1]
-    return OutputArray(output.data[offsets[0] : offsets[-1]], offsets - offsets[0])
+    return OutputArray(output.data[offsets[0] : offsets[-1]], offsets - offsets[0], shape)
 
 
 def _rows(output: OutputArray) -> int:
+    if output.shape is not None:
+        return output.shape[0]
     if output.offsets is not None:
         return len(output.offsets) - 1
     return output.data.shape[0] if output.data.ndim else 0

@@ -7,6 +7,7 @@ byte counts. Remembers headers that repeat, which under load nearly all do. Call
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -165,9 +166,11 @@ class Codec:
         for at, (members, outputs, error) in enumerate(plan.parts):
             made = {
                 name: OutputArray(
-                    data.of(payload), None if offsets is None else _offsets(data, offsets, payload)
+                    data.of(payload),
+                    None if offsets is None else _offsets(data, offsets, payload),
+                    shape,
                 )
-                for name, data, offsets in outputs
+                for name, data, offsets, shape in outputs
             }
             parts.append(Part(members, made, error, *numbers[1 + 3 * at : 4 + 3 * at]))
         return BatchReply(tuple(parts), waited_ns=numbers[0])
@@ -258,12 +261,13 @@ def _plan_batch(header: Any) -> _BatchPlan:
 
 
 class _ReplyPlan(NamedTuple):
-    """By part: members, outputs as (name, data, offsets), error. `end`: past the last member."""
+    """By part: members, outputs as (name, data, offsets, shape of strings), error. `end`: past the
+    last member."""
 
     parts: tuple[
         tuple[
             tuple[int, ...],
-            tuple[tuple[str, _Segment, _Segment | None], ...],
+            tuple[tuple[str, _Segment, _Segment | None, tuple[int, ...] | None], ...],
             MantaError | None,
         ],
         ...,
@@ -276,6 +280,7 @@ class _ReplyPlan(NamedTuple):
 def _part_key(part: Part) -> Hashable:
     return part.members, tuple(
         (name, one.data.dtype, one.data.shape, None if one.offsets is None else len(one.offsets))
+        + (() if one.shape is None else (one.shape,))
         for name, one in part.outputs.items()
     )
 
@@ -289,7 +294,7 @@ def _outline_reply(reply: BatchReply) -> _Outline:
         outputs = []
         for name, one in part.outputs.items():
             count = None if one.offsets is None else len(one.offsets)
-            outputs.append([name, _name(one.data.dtype), one.data.shape, count])
+            outputs.append([name, _name(one.data.dtype), one.data.shape, count, one.shape])
             for array in (one.data, one.offsets):
                 if array is not None:
                     pads.append(padding(array.nbytes))
@@ -306,18 +311,28 @@ def _plan_reply(header: Any) -> _ReplyPlan:
     for members, outputs, error in described:
         indices = tuple(counted(one, MAX_MEMBERS) for one in listed(members, MAX_MEMBERS))
         made = []
-        for name, dtype, shape, count in listed(outputs, MAX_MEMBERS):
+        for name, dtype, shape, count, strings in listed(outputs, MAX_MEMBERS):
             data, at = _segment(dtype, listed(shape, MAX_RANK), at)
             offsets = None
             if count is not None:
                 if data.dtype.itemsize != 1 or len(data.shape) != 1:
                     raise ValueError("offsets of what is no string")
                 offsets, at = _segment("<i8", [counted(count, MAX_PAYLOAD_BYTES)], at)
-            made.append((texted(name), data, offsets))
+            made.append((texted(name), data, offsets, _string_shape(strings, count)))
         parts.append((indices, tuple(made), None if error is None else rebuild(error)))
     failed = any(part[2] is not None for part in parts)
     end = max((index + 1 for part in parts for index in part[0]), default=0)
     return _ReplyPlan(tuple(parts), at, failed, end)
+
+
+def _string_shape(shape: object, count: object) -> tuple[int, ...] | None:
+    """The shape of as many strings as there are offsets but for one."""
+    if shape is None:
+        return None
+    dims = tuple(counted(one, MAX_PAYLOAD_BYTES) for one in listed(shape, MAX_RANK))
+    if count is None or not dims or math.prod(dims) + 1 != count:
+        raise ValueError("a shape that does not fit its strings")
+    return dims
 
 
 def _offsets(data: _Segment, segment: _Segment, payload: Array) -> Array:

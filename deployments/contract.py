@@ -13,7 +13,7 @@ from configs import dtypes
 from configs.model import ModelConfig, ModelInput, ModelOutput
 
 from .errors import Internal, InvalidArgument, Unsupported
-from .tensors import check_strings, decode_bytes
+from .tensors import check_strings, decode_bytes, join_shape
 from .types import Array, InferRequest, OutputArray, ParameterValue, RequestedOutput, Tensor
 
 Shape = tuple[int, ...]
@@ -165,9 +165,10 @@ class Contract:
             for size in tensor.shape:
                 count *= size
             check_strings(entry.name, tensor.data, count, self._model)
+            if entry.carries_shape:
+                return join_shape(self._model_shape(entry, tensor.shape), tensor.data)
         elif entry.reshape is not None:
-            batch = tensor.shape[:1] if self._max_rows else ()
-            return tensor.data.reshape((*batch, *_fill(entry.reshape, entry.dims, shape)))
+            return tensor.data.reshape(self._model_shape(entry, tensor.shape))
         return tensor.data
 
     def _present_views(self, tensors: Mapping[str, Tensor]) -> tuple[Array | None, ...]:
@@ -175,6 +176,12 @@ class Contract:
             self._view(entry, tensors[entry.name]) if entry.name in tensors else None
             for entry in self._inputs
         )
+
+    def _model_shape(self, entry: _Input, shape: Shape) -> Shape:
+        if entry.reshape is None:
+            return shape
+        skip = 1 if self._max_rows else 0
+        return (*shape[:skip], *_fill(entry.reshape, entry.dims, shape[skip:]))
 
     def _key(self, tensors: Mapping[str, Tensor]) -> Hashable:
         skip = 1 if self._max_rows else 0
@@ -192,13 +199,13 @@ class Contract:
         datatype = dtypes.from_config(output.data_type).wire
         shape, data = result.data.shape, result.data
         if datatype == "BYTES":
-            shape = (_elements(output.name, result),)
+            shape = result.shape or (_elements(output.name, result),)
         if output.reshape is None:
             return Tensor(output.name, datatype, shape, data)
         batch = shape[:1] if self._max_rows else ()
         rest = shape[len(batch) :]
         seen = (*batch, *_fill(output.dims, output.reshape.shape, rest))
-        if _product(seen) != _product(shape):
+        if -1 in seen or _product(seen) != _product(shape):
             raise Internal(
                 f"output '{output.name}' of model '{self._model}' has shape {_dims(shape)}, which "
                 f"cannot be given the configured dims {_dims(output.dims)}"
@@ -217,6 +224,7 @@ class _Input:
         self.dims = entry.dims
         self.reshape = None if entry.reshape is None else entry.reshape.shape
         self.fixed = -1 not in entry.dims
+        self.carries_shape = entry.carries_shape
 
     def fits(self, shape: Shape) -> bool:
         if self.fixed:

@@ -10,7 +10,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 
 from configs.model import ModelConfig, ModelInput
@@ -20,6 +22,7 @@ from . import runtimes
 from .desk import How, SendAgain
 from .errors import ExecutionFailed, MantaError
 from .runtimes import convert, faults
+from .runtimes import strings as text
 from .runtimes.faults import FatalDeviceError
 from .types import Array, Batch, OutputArray, Part
 from .weights import free_device_memory
@@ -124,7 +127,7 @@ class Execution:
             for index, output in enumerate(self._config.output):
                 value, values[index] = values[index], None
                 if output.name in wanted:
-                    outputs[output.name] = convert.read_output(value)
+                    outputs[output.name] = convert.read_output(output, value)
                 del value
         except MantaError as error:  # the same for all members: there is no culprit among them
             outputs, failure = {}, error
@@ -140,7 +143,8 @@ class Execution:
         self, batch: Batch, members: Sequence[int]
     ) -> tuple[list[runtimes.Value | None], tuple[int, ...], list[Part]]:
         """The inputs, who is in them, and an error for each member whose strings are no strings."""
-        strings: dict[tuple[int, int], list[str]] = {}
+        strings: dict[tuple[int, int], Any] = {}
+        decode = text.decode_objects if self._runtime.signature.objects else text.decode_strings
         bad: dict[int, MantaError] = {}
         batching = self._config.max_batch_size > 0
         for index, tensor in enumerate(self._config.input):
@@ -148,7 +152,7 @@ class Execution:
                 for k in members:
                     array = _member(batch, index, k)
                     try:
-                        strings[index, k] = convert.decode_strings(
+                        strings[index, k] = decode(
                             tensor, _present(array, tensor.name), batch.rows[k], batching
                         )
                     except MantaError as error:
@@ -160,7 +164,7 @@ class Execution:
                 inputs.append(None)
                 continue
             if tensor.data_type == "TYPE_STRING":
-                inputs.append([text for k in good for text in strings[index, k]])
+                inputs.append(_together([strings[index, k] for k in good]))
                 continue
             whole = batch.joined[index] if batch.joined else None
             if whole is not None and len(good) == len(batch.rows):
@@ -203,6 +207,12 @@ def _member(batch: Batch, index: int, k: int) -> Array | None:
 def _is_absent(tensor: ModelInput, batch: Batch, index: int, members: Sequence[int]) -> bool:
     """Whether an optional input was left out: by all members, as the Router sees to it."""
     return tensor.optional and all(_member(batch, index, k) is None for k in members)
+
+
+def _together(strings: list[Any]) -> runtimes.Value:
+    if isinstance(strings[0], list):
+        return [one for member in strings for one in member]
+    return np.concatenate(strings) if len(strings) > 1 else strings[0]
 
 
 def _present(array: Array | None, name: str) -> Array:

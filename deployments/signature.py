@@ -40,6 +40,7 @@ class Signature:
 
     `closed` means that the names are all there is (AOTI), so that nothing falls back to the
     order of the configuration. `forward` says more of models that are called by their arguments.
+    `objects`: strings are object arrays of any shape, not lists.
     """
 
     inputs: tuple[Slot, ...] | None
@@ -48,6 +49,7 @@ class Signature:
     closed: bool = False
     strings: bool = True
     forward: Forward | None = None
+    objects: bool = False
 
     @property
     def called(self) -> Forward:
@@ -103,6 +105,8 @@ def _check_strings(config: ModelConfig, signature: Signature, field: str, tensor
     if not signature.strings:
         reason = f"'{tensor.name}' is TYPE_STRING, and a model of this kind has only tensors"
         raise ConfigError(reason, field=f"{field}.data_type")
+    if signature.objects:
+        return
     kind = field.partition("[")[0]
     if signature.dict_input and kind == "input":
         reason = f"'{tensor.name}' is TYPE_STRING, and a dictionary input holds only tensors"

@@ -153,6 +153,18 @@ def check_strings(name: str, data: Array, expected: int, model: str) -> None:
         )
 
 
+def join_shape(shape: tuple[int, ...], data: Array) -> Array:
+    """A BYTES tensor whose elements alone do not tell its shape: that first, then the elements."""
+    head: Array = np.array(shape, "<i8").view(_BYTE)
+    return np.concatenate((head, data))
+
+
+def split_shape(data: Array, rank: int) -> tuple[tuple[int, ...], Array]:
+    """What `join_shape` has joined."""
+    size = rank * 8
+    return tuple(np.frombuffer(data[:size].tobytes(), "<i8").tolist()), data[size:]
+
+
 # --- JSON ----------------------------------------------------------------------------------------
 
 

@@ -76,8 +76,9 @@ class Batch:
     """One execution's worth of requests.
 
     `rows[k]` is the batch size of member k (1 for a model without a batch dimension).
-    `inputs[i][k]` is member k's array for config input i, in the model's view (reshape applied),
-    or None where an optional input is absent. `outputs` names the config outputs that some member
+    `inputs[i][k]` is member k's array for config input i, in the model's view (reshape applied;
+    strings as `Tensor` has them, and after their shape where `ModelInput.carries_shape`), or None
+    where an optional input is absent. `outputs` names the config outputs that some member
     wants. Where `joined[i]` is an array, it holds all members' rows of input i one after another,
     and `inputs[i]` is empty.
     """
@@ -93,11 +94,13 @@ class OutputArray:
     """One output over all rows of an execution, in the model's view.
 
     For BYTES `data` is the flat wire form and `offsets` (int64, elements + 1) says where each
-    element starts, so that rows can be cut out without a second parse.
+    element starts, so that rows can be cut out without a second parse; `shape` is that of the
+    elements, unless they are one row.
     """
 
     data: Array
     offsets: Array | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

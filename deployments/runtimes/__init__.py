@@ -17,8 +17,9 @@ from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments.signature import Binding, Signature
+from deployments.types import Array
 
-Value: TypeAlias = "torch.Tensor | list[str]"
+Value: TypeAlias = "torch.Tensor | list[str] | Array"  # strings: a list, or an object array
 
 
 class Runtime(Protocol):

@@ -1,12 +1,11 @@
 """The torch half of tensors: members' arrays in, one batch tensor; model outputs out, host arrays.
 
-Owns datatypes, copies and the BYTES wire form as models see it (spec/backend.md §2.8, §4, §7).
-Runs on the instance's thread; does not know batches' fate, only values. Called by `instance.py`.
+Owns datatypes and copies (spec/backend.md §2.8, §4); strings are `strings`. Runs on the instance's
+thread; does not know batches' fate, only values. Called by `execution`.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from configs.model import ModelInput, ModelOutput
 from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.types import Array, OutputArray
 
-_LENGTH = struct.Struct("<I")
+from . import strings
+
 _TORCH_TYPES: dict[torch.dtype, DataType] = {
     getattr(torch, datatype.torch): datatype
     for datatype in dtypes.DATATYPES
@@ -89,51 +89,12 @@ def _carrier(tensor: torch.Tensor) -> Array:
     return plain
 
 
-def decode_strings(tensor: ModelInput, array: Array, rows: int, batching: bool) -> list[str]:
-    """One member's BYTES; raises InvalidArgument, which concerns that member alone."""
-    data = array.tobytes()
-    strings: list[str] = []
-    at = 0
-    end = len(data)
-    while at < end:
-        if end - at < _LENGTH.size:
-            raise InvalidArgument(f"incomplete string length in input '{tensor.name}'")
-        (length,) = _LENGTH.unpack_from(data, at)
-        at += _LENGTH.size
-        if end - at < length:
-            raise InvalidArgument(f"incomplete string data in input '{tensor.name}'")
-        try:
-            strings.append(str(data[at : at + length], "utf-8"))
-        except UnicodeDecodeError as error:
-            raise InvalidArgument(
-                f"element {len(strings)} of input '{tensor.name}' is not UTF-8, which is all that "
-                "a PyTorch model takes as a string"
-            ) from error
-        at += length
-    expected = _elements(tensor, rows, batching)
-    if expected is not None and len(strings) != expected:
-        raise InvalidArgument(
-            f"unexpected number of string elements in input '{tensor.name}': "
-            f"expected {expected}, got {len(strings)}"
-        )
-    return strings
-
-
-def _elements(tensor: ModelInput, rows: int, batching: bool) -> int | None:
-    count = rows if batching else 1
-    for size in tensor.model_dims:
-        if size < 0:
-            return None
-        count *= size
-    return count
-
-
 # --- outputs -------------------------------------------------------------------------------------
 
 
 def check_output(output: ModelOutput, value: object) -> None:
     """Raises InvalidArgument or ExecutionFailed; the shape is the model's own affair (§2.8)."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if not isinstance(value, torch.Tensor) and strings.is_text(value):
         if output.data_type != "TYPE_STRING":
             raise _mismatch(output, "TYPE_STRING")
         return
@@ -159,11 +120,10 @@ def _mismatch(output: ModelOutput, provided: str) -> InvalidArgument:
     )
 
 
-def read_output(value: object) -> OutputArray:
+def read_output(output: ModelOutput, value: object) -> OutputArray:
     """A checked value as host memory that nobody else writes to."""
-    if isinstance(value, list):
-        return encode_strings(value)
-    assert isinstance(value, torch.Tensor)
+    if not isinstance(value, torch.Tensor):
+        return strings.encode(output.name, value)
     fresh = value.device.type == "cpu" and _is_fresh(value)
     tensor = value.detach().resolve_conj().resolve_neg()
     if tensor.device.type != "cpu":
@@ -182,14 +142,3 @@ def _is_fresh(tensor: torch.Tensor) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return bool(uses == 1 and held <= 2)  # 2: the tensor's and that of the look itself
-
-
-def encode_strings(strings: Sequence[str]) -> OutputArray:
-    try:
-        encoded = [text.encode("utf-8") for text in strings]
-    except UnicodeEncodeError as error:
-        raise ExecutionFailed("the model returned a string that is not UTF-8") from error
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(data) + _LENGTH.size for data in encoded], out=offsets[1:])
-    wire = b"".join(part for data in encoded for part in (_LENGTH.pack(len(data)), data))
-    return OutputArray(np.frombuffer(wire, np.uint8), offsets)

@@ -85,7 +85,7 @@ def load(
     if not options.get("disable"):
         _check_compiler(options, where)
     module = _construct(_import(path, where), where)
-    signature = Signature(None, strings=False, forward=hints.describe(module))
+    signature = Signature(None, objects=True, forward=hints.describe(module))
     binding = bind(config, signature)
     _load_weights(module, path, config, "cpu" if kind == "KIND_MODEL" else device)
     target = torch.device(device)

@@ -14,6 +14,8 @@ from configs.model import ModelConfig
 from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.signature import Binding
 
+from .strings import is_text
+
 
 def pick(result: Any, config: ModelConfig, binding: Binding, list_is_tuple: bool) -> list[object]:
     """One value per configured output. `list_is_tuple`: whether a list of tensors has positions."""
@@ -24,7 +26,11 @@ def pick(result: Any, config: ModelConfig, binding: Binding, list_is_tuple: bool
             found.append(_walk(result, slot.path, output.name))
             continue
         if leaves is None:
-            leaves = _positions(result, output.data_type, list_is_tuple)
+            alone = len(config.output) == 1 and output.data_type == "TYPE_STRING"
+            if list_is_tuple and alone and isinstance(result, list) and is_text(result):
+                leaves = [result]  # nested lists of strings are one tensor of strings
+            else:
+                leaves = _positions(result, output.data_type, list_is_tuple)
         if slot.position >= len(leaves):
             raise InvalidArgument(
                 f"The output {output.name} in the model configuration refers to an output index "

@@ -149,10 +149,10 @@ def test_alias_of_default_model_filename(caplog):
         ("data_type: TYPE_INT64", "", "m/config.pbtxt:6: input[1].data_type: model input"),
         ("dims: [ 1 ]", "dims: [ 0 ]", "m/config.pbtxt:9: input[1].dims[0]: 0 must be"),
         (
-            "TYPE_INT64",
-            "TYPE_UINT32",
-            "m/config.pbtxt:8: input[1].data_type: unsupported datatype TYPE_UINT32 "
-            "for input 'INPUT__1' for model 'm'",
+            "TYPE_FP32",
+            "TYPE_STRING",
+            "m/config.pbtxt:5: input[0].dims: only 1-dimensional List of String is supported as "
+            "input for 'INPUT__0'",
         ),
         ("dynamic_batching {", "sequence_batching {} #", "m/config.pbtxt:15: sequence_batching: "),
         (

@@ -10,7 +10,9 @@ import pytest
 from deployments.batcher import Batcher, Call, Collector, Execution, MemberResult, Outcome
 from deployments.batcher import build as build_batch
 from deployments.errors import ExecutionFailed, Internal, ReplicaLost, Unsupported
+from deployments.runtimes.strings import encode
 from deployments.scheduler import BatchPolicy, Entry, Group
+from deployments.tensors import decode_bytes
 from deployments.types import BatchReply, OutputArray, Part
 
 from .gates import SlotGate
@@ -120,6 +122,20 @@ def test_bytes_are_cut_by_their_offsets():
     assert middle.data.tobytes() == b"\0\0\0\0" + b"\3\0\0\0ccc"
     assert middle.offsets.tolist() == [0, 4, 11]
     assert b"".join(r.outputs["y"].data.tobytes() for r in outcome.results) == wire
+
+
+def test_bytes_of_a_shape_are_cut_by_rows():
+    texts = [b"a", b"", b"ccc", b"dd", b"e", b"ff"]
+    whole = encode("y", np.array(texts, object).reshape(3, 2, 1))
+    reply = BatchReply((Part((0, 1), {"y": whole}),))
+    first, second = outcome_of(group_of(member(1), member(2)), reply).results
+    for result, shape, wanted in ((first, (1, 2, 1), texts[:2]), (second, (2, 2, 1), texts[2:])):
+        assert isinstance(result, MemberResult)
+        one = result.outputs["y"]
+        assert one.shape == shape and decode_bytes("y", one.data) == wanted
+        assert one.offsets is not None and len(one.offsets) == len(wanted) + 1
+    first, second = outcome_of(group_of(member(2), member(2)), reply).results
+    assert isinstance(first, MemberResult) and isinstance(second, Unsupported)
 
 
 def test_too_few_rows_fail_only_those_that_got_none():

@@ -158,6 +158,26 @@ def test_strings_come_back_with_their_offsets():
     assert part.outputs["y"].offsets.tolist() == [0, 5, 9]
 
 
+def test_strings_come_back_with_their_shape():
+    codec = Codec()
+    data = np.frombuffer(b"\1\0\0\0a" * 6, np.uint8)
+    for shape in ((2, 3), (3, 2), (1, 2, 3), (6,), None):
+        output = OutputArray(data, np.arange(0, 31, 5), shape)
+        for _ in range(2):  # also where the header is remembered
+            (part,) = answered(BatchReply((Part((0,), {"y": output}),)), codec).parts
+            assert part.outputs["y"].shape == shape
+    empty = OutputArray(data[:0], np.zeros(1, np.int64), (2, 0, 3))
+    (part,) = answered(BatchReply((Part((0,), {"y": empty}),)), codec).parts
+    assert part.outputs["y"].shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (-1, -2), (2, 2), (1,) * 40])
+def test_a_shape_of_other_strings_is_refused(shape):
+    output = OutputArray(np.frombuffer(b"\1\0\0\0a" * 2, np.uint8), np.array([0, 5, 10]), shape)
+    with pytest.raises(ChannelError):
+        answered(BatchReply((Part((0,), {"y": output}),)))
+
+
 def test_errors_that_differ_are_not_mixed_up():
     codec = Codec()
     for text in ("one", "two"):

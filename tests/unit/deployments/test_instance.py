@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.model import ModelConfig
+from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.parameters import ModelParameters
 from deployments.errors import ExecutionFailed, InvalidArgument, ShuttingDown
 from deployments.instance import FatalDeviceError, Instance
 from deployments.poller import Poller
+from deployments.tensors import decode_bytes
 from deployments.types import Batch, BatchReply
 from deployments.weights import WeightCache
 from tests import models
@@ -166,6 +167,48 @@ def test_bad_strings_fail_their_own_member(start):
     assert good.outputs["y"].offsets is not None
     assert good.outputs["y"].offsets.tolist() == [0, 6, 12, 18]
     assert bad.members == (1,) and isinstance(bad.error, InvalidArgument)
+
+
+def text(name: str, *dims: int) -> ModelConfig:
+    """A model of strings in and out."""
+    entry = ModelInput(name=name, data_type="TYPE_STRING", dims=dims)
+    out = ModelOutput(name="y", data_type="TYPE_STRING", dims=dims)
+    return config([entry], [out])
+
+
+UPPER = """
+import numpy as np
+import torch
+class Net(torch.nn.Module):
+    def forward(self, words):
+        assert words.dtype == object and all(type(one) is bytes for one in words.flat)
+        if b"bad" in words.ravel().tolist():
+            raise ValueError("bad word")
+        return np.array([one.upper() for one in words.flat], object).reshape(words.shape)
+"""
+
+
+def test_python_models_take_strings_of_any_shape_and_any_bytes(start):
+    instance = start(UPPER, text("words", -1, 2))
+    members = (encode(b"a", b"\xff\0b"), encode(b"c", b"", b"ee", b"f"))
+    (part,) = instance.run(Batch((1, 2), (members,), ("y",))).parts
+    assert part.error is None and part.outputs["y"].shape == (3, 1, 2)
+    wanted = [b"A", b"\xff\0B", b"C", b"", b"EE", b"F"]
+    assert decode_bytes("y", part.outputs["y"].data) == wanted
+    # Of two shapes, which the queue would not have put together: each by itself.
+    first, second = instance.run(Batch((1, 1), (members,), ("y",))).parts
+    assert first.outputs["y"].shape == (1, 1, 2) and second.outputs["y"].shape == (1, 2, 2)
+
+
+def test_python_models_of_strings_fail_for_the_culprit_alone(start):
+    instance = start(UPPER, text("words", 2))
+    members = (encode(b"a", b"b"), encode(b"bad", b"c"), encode(b"d"))
+    parts = {
+        k: p for p in instance.run(Batch((1, 1, 1), (members,), ("y",))).parts for k in p.members
+    }
+    assert parts[0].error is None and parts[0].outputs["y"].shape == (1, 2)
+    assert isinstance(parts[1].error, ExecutionFailed)
+    assert isinstance(parts[2].error, InvalidArgument)  # one element where two are wanted
 
 
 def test_an_answer_does_not_change_with_the_next_run(start):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import struct
 import weakref
 
 import numpy as np
@@ -11,19 +10,14 @@ from configs import dtypes
 from configs.model import ModelInput, ModelOutput
 from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.runtimes import convert
-from tests.models import string_input
 
 CPU = torch.device("cpu")
+Y = ModelOutput(name="y", data_type="TYPE_FP32")
 NUMERIC = [datatype for datatype in dtypes.DATATYPES if datatype.torch]
 
 
 def declared(data_type: str = "TYPE_FP32") -> ModelInput:
     return ModelInput(name="x", data_type=data_type, dims=(-1,))
-
-
-def wire(*elements: bytes) -> np.ndarray:
-    data = b"".join(struct.pack("<I", len(e)) + e for e in elements)
-    return np.frombuffer(data, np.uint8)
 
 
 @pytest.mark.parametrize("datatype", NUMERIC, ids=lambda d: d.wire)
@@ -34,7 +28,7 @@ def test_every_datatype_there_and_back(datatype, members):
     tensor = convert.build_tensor(declared(datatype.config), arrays, CPU)
     assert tensor.dtype == getattr(torch, datatype.torch)
     convert.check_output(ModelOutput(name="x", data_type=datatype.config), tensor)
-    back = convert.read_output(tensor).data
+    back = convert.read_output(Y, tensor).data
     assert back.dtype == np.dtype(datatype.numpy)
     np.testing.assert_array_equal(back, values)
 
@@ -69,33 +63,7 @@ def test_unaligned_and_strided_members():
 def test_zero_size(members):
     tensor = convert.build_tensor(declared(), [np.zeros((3, 0), np.float32)] * members, CPU)
     assert tensor.shape == (3 * members, 0)
-    assert convert.read_output(tensor).data.shape == (3 * members, 0)
-
-
-def test_strings_there_and_back():
-    strings = convert.decode_strings(string_input("s"), wire(b"a\0b", "ü".encode(), b""), 3, True)
-    assert strings == ["a\0b", "ü", ""]
-    encoded = convert.encode_strings(strings)
-    assert encoded.data.tobytes() == wire(b"a\0b", "ü".encode(), b"").tobytes()
-    assert encoded.offsets is not None and encoded.offsets.tolist() == [0, 7, 13, 17]
-    nothing = convert.encode_strings([])
-    assert nothing.data.size == 0 and nothing.offsets is not None
-
-
-@pytest.mark.parametrize(
-    ("array", "text"),
-    [
-        (wire(b"\xff"), "not UTF-8"),
-        (wire(b"abc")[:-1], "incomplete string data"),
-        (np.zeros(3, np.uint8), "incomplete string length"),
-        (np.full(4, 255, np.uint8), "incomplete string data"),
-        (wire(b"a", b"b"), "expected 1, got 2"),
-        (wire(), "expected 1, got 0"),
-    ],
-)
-def test_bad_strings(array, text):
-    with pytest.raises(InvalidArgument, match=text):
-        convert.decode_strings(string_input("s"), array, 1, True)
+    assert convert.read_output(Y, tensor).data.shape == (3 * members, 0)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +72,8 @@ def test_bad_strings(array, text):
         (torch.zeros(2, dtype=torch.int32), InvalidArgument, "model provides TYPE_INT32"),
         (torch.zeros(2, dtype=torch.complex64), InvalidArgument, "TYPE_INVALID .complex64"),
         (["a"], InvalidArgument, "TYPE_FP32 for output 'y', model provides TYPE_STRING"),
+        (np.array([b"a"]), InvalidArgument, "output 'y', model provides TYPE_STRING"),
+        (np.ones(2), InvalidArgument, "must be of type Tensor"),
         (torch.tensor(1.0), InvalidArgument, "output 'y' is a scalar"),
         (1.5, InvalidArgument, r"must be of type Tensor or List\[str\].*float"),
         (None, InvalidArgument, "NoneType"),
@@ -112,14 +82,14 @@ def test_bad_strings(array, text):
 )
 def test_outputs_that_do_not_fit(value, error, text):
     with pytest.raises(error, match=text):
-        convert.check_output(ModelOutput(name="y", data_type="TYPE_FP32"), value)
+        convert.check_output(Y, value)
 
 
 def test_fresh_results_are_not_copied_and_views_are():
     fresh = torch.ones(2, 4) + 1
-    assert convert.read_output(fresh).data.ctypes.data == fresh.data_ptr()
+    assert convert.read_output(Y, fresh).data.ctypes.data == fresh.data_ptr()
     view = fresh[1:]
-    assert convert.read_output(view).data.ctypes.data != view.data_ptr()
+    assert convert.read_output(Y, view).data.ctypes.data != view.data_ptr()
 
 
 def test_wrong_array_type():

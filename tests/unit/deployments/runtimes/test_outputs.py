@@ -10,7 +10,7 @@ from configs.errors import ConfigError
 from deployments.errors import ExecutionFailed, InvalidArgument, MantaError
 from deployments.runtimes.outputs import pick
 from deployments.signature import Signature, Slot, bind
-from tests.models import config
+from tests.models import config, string_output
 
 T, U = torch.ones(1), torch.zeros(1)
 Pair = namedtuple("Pair", ["first", "second"])
@@ -32,6 +32,16 @@ def test_a_bare_tensor_and_a_list_of_strings_are_one_output():
     assert picked(T, "O") == [T]
     assert picked(["a", "b"], "O") == [["a", "b"]]
     assert picked((T, ["a"]), "O", "P") == [T, ["a"]]
+
+
+def test_nested_lists_of_strings_are_one_output_where_only_one_is_wanted():
+    made = config({"x": (1,)}, [string_output("O")])
+    nested = [["a", "b"], [b"c", "d"]]
+    for result in (nested, ["a", b"b"], (nested,)):
+        found = pick(result, made, bind(made, SIGNATURE), list_is_tuple=True)
+        assert found == [nested if isinstance(result, tuple) else result]
+    made = config({"x": (1,)}, [string_output("O"), string_output("P")])
+    assert pick(nested, made, bind(made, SIGNATURE), list_is_tuple=True) == nested
 
 
 def test_a_list_of_tensors_has_positions_in_eager_models_only():
