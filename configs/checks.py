@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from math import prod
 
+from . import ragged
 from .errors import ConfigError
 from .model import ModelConfig, ModelInput, ModelOutput
 
@@ -293,6 +294,7 @@ _CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
     _host_policies,
     _file_names,
     _files_by_capability,
+    ragged.check,
 )
 # What holds whatever the model will add.
 _PARTIAL: tuple[Callable[[ModelConfig], None], ...] = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal, TypeAlias
 
-from . import checks
+from . import checks, ragged
 from .errors import ConfigError
 from .model import (
     DynamicBatching,
@@ -44,6 +44,7 @@ def normalise(
     config = _choose_engine(config, version_files)
     checks.check(config, partial)
     checks.check_strings(config, runtime_kind(config, version_files))
+    ragged.check_kind(config, runtime_kind(config, version_files))
     return config.model_copy(
         update={
             "version_policy": config.version_policy or VersionPolicy(latest=1),

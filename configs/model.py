@@ -57,6 +57,23 @@ class ModelOutput(_Frozen):
         return self.dims if self.reshape is None else self.reshape.shape
 
 
+class BatchInput(_Frozen):
+    """A tensor that the server makes for the model from the shapes of one input in a batch."""
+
+    kind: str = "BATCH_ELEMENT_COUNT"
+    target_name: tuple[str, ...] = ()
+    data_type: str = "TYPE_INVALID"
+    source_input: tuple[str, ...] = ()
+
+
+class BatchOutput(_Frozen):
+    """An output that is cut by the shape of an input, not by rows."""
+
+    target_name: tuple[str, ...] = ()
+    kind: str = "BATCH_SCATTER_WITH_INPUT_SHAPE"
+    source_input: tuple[str, ...] = ()
+
+
 class VersionPolicy(_Frozen):
     """Exactly one of the three is in force."""
 
@@ -98,9 +115,6 @@ class ModelConfig(_Frozen):
     """`parameters` holds each parameter's string_value.
 
     `open_batch`: nothing says max_batch_size, so that the model may. No field of the proto.
-
-    `allow_ragged_batch` keeps its default: a configuration that sets it is refused before it
-    becomes one of these.
     """
 
     name: str = ""
@@ -111,6 +125,8 @@ class ModelConfig(_Frozen):
     max_batch_size: int = 0
     input: tuple[ModelInput, ...] = ()
     output: tuple[ModelOutput, ...] = ()
+    batch_input: tuple[BatchInput, ...] = ()
+    batch_output: tuple[BatchOutput, ...] = ()
     optimization: Optimization | None = None
     instance_group: tuple[InstanceGroup, ...] = ()
     default_model_filename: str = ""

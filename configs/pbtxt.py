@@ -14,11 +14,13 @@ from google.protobuf import json_format, text_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from tritonclient.grpc import model_config_pb2 as pb
 
-from . import checks
+from . import checks, ragged
 from .complete import runtime_kind
 from .errors import ConfigError
 from .lines import Token, field_before, field_lines, line_of, tokens
 from .model import (
+    BatchInput,
+    BatchOutput,
     DynamicBatching,
     InstanceGroup,
     ModelConfig,
@@ -67,6 +69,7 @@ def examine(
     if config.platform and not config.runtime:  # else the files decide, in `normalise`
         try:
             checks.check_strings(config, runtime_kind(config))
+            ragged.check_kind(config, runtime_kind(config))
         except ConfigError as error:
             found.append(error)
     return config, [locate(error, text, file) for error in found]
@@ -160,6 +163,7 @@ def from_proto(proto: Any) -> ModelConfig:
                 dims=tuple(i.dims),
                 reshape=_reshape(i),
                 optional=i.optional,
+                allow_ragged_batch=i.allow_ragged_batch,
             )
             for i in proto.input
         ),
@@ -172,6 +176,23 @@ def from_proto(proto: Any) -> ModelConfig:
                 label_filename=o.label_filename,
             )
             for o in proto.output
+        ),
+        batch_input=tuple(
+            BatchInput(
+                kind=pb.BatchInput.Kind.Name(b.kind),
+                target_name=tuple(b.target_name),
+                data_type=pb.DataType.Name(b.data_type),
+                source_input=tuple(b.source_input),
+            )
+            for b in proto.batch_input
+        ),
+        batch_output=tuple(
+            BatchOutput(
+                target_name=tuple(b.target_name),
+                kind=pb.BatchOutput.Kind.Name(b.kind),
+                source_input=tuple(b.source_input),
+            )
+            for b in proto.batch_output
         ),
         optimization=_optimization(proto),
         instance_group=tuple(

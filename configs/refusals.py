@@ -30,13 +30,10 @@ _IGNORED = "this optimization has no effect on PyTorch models and is refused"
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("ensemble_scheduling", "ensembles are not supported", when_empty=True),
     Refusal("sequence_batching", "sequence batching is not supported", when_empty=True),
-    Refusal("batch_input", "generated batch inputs are not supported"),
-    Refusal("batch_output", "scattered batch outputs are not supported"),
     Refusal("dynamic_batching.default_priority_level", _QUEUE_POLICY),
     Refusal("dynamic_batching.default_queue_policy", _QUEUE_POLICY),
     Refusal("dynamic_batching.priority_levels", _QUEUE_POLICY),
     Refusal("dynamic_batching.priority_queue_policy", _QUEUE_POLICY),
-    Refusal("input.allow_ragged_batch", "ragged batches are not supported"),
     Refusal("input.is_non_linear_format_io", _TENSORRT),
     Refusal("input.is_shape_tensor", _TENSORRT),
     Refusal("instance_group.profile", "profiles are only supported for TensorRT models"),

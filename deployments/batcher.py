@@ -17,6 +17,8 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from .errors import Internal, MantaError, Unsupported
+from .scatter import Pieces, Scatter
+from .scatter import cut as scatter_out
 from .scheduler import Group
 from .types import Array, Batch, BatchReply, OutputArray, Part
 
@@ -70,10 +72,17 @@ class Outcome:
 class Batcher:
     """The batch call of one model version. Without `collect` it is made directly."""
 
-    def __init__(self, model_name: str, batched: bool, collect: Collect | None = None) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        batched: bool,
+        collect: Collect | None = None,
+        scatter: Scatter | None = None,
+    ) -> None:
         self._model_name = model_name
         self._batched = batched
         self._collect = collect
+        self._scatter = scatter or None
 
     def run(self, group: Group, place: Executor) -> Awaitable[Outcome]:
         """A single request needs no batch and goes straight on, in both modes."""
@@ -123,16 +132,26 @@ class Batcher:
         executions = []
         for part in parts:
             start = 0
+            pieces = self._scatter.pieces(group, part) if self._scatter is not None else None
             for index in part.members:
                 rows = group.members[index].rows
-                results[index] = self._result(group, index, part, start, start + rows, waited_ns)
+                results[index] = self._result(
+                    group, index, part, start, start + rows, waited_ns, pieces
+                )
                 start += rows  # also past members that failed: rows are positional
             if part.error is None:
                 executions.append(Execution(start, part.input_ns, part.infer_ns, part.output_ns))
         return Outcome(results, executions)
 
     def _result(
-        self, group: Group, index: int, part: Part, start: int, end: int, waited_ns: int
+        self,
+        group: Group,
+        index: int,
+        part: Part,
+        start: int,
+        end: int,
+        waited_ns: int,
+        pieces: Pieces | None,
     ) -> MemberResult | MantaError:
         if part.error is not None:
             return part.error
@@ -142,6 +161,12 @@ class Batcher:
             whole = part.outputs.get(name)
             if whole is None:
                 return Internal(f"the reply of model '{self._model_name}' lacks output '{name}'")
+            if pieces is not None and (name, index) in pieces:
+                scattered = scatter_out(name, whole, pieces[name, index])
+                if isinstance(scattered, MantaError):
+                    return scattered
+                outputs[name] = scattered
+                continue
             available = _rows(whole)
             if self._batched and available < end:
                 return Unsupported(

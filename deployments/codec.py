@@ -279,8 +279,13 @@ class _ReplyPlan(NamedTuple):
 
 def _part_key(part: Part) -> Hashable:
     return part.members, tuple(
-        (name, one.data.dtype, one.data.shape, None if one.offsets is None else len(one.offsets))
-        + (() if one.shape is None else (one.shape,))
+        (
+            name,
+            one.data.dtype,
+            one.data.shape,
+            None if one.offsets is None else len(one.offsets),
+            one.shape,
+        )
         for name, one in part.outputs.items()
     )
 

@@ -51,7 +51,9 @@ class Contract:
         self._all_outputs = tuple(sorted(self._outputs))
         self._required = frozenset(entry.name for entry in config.input if not entry.optional)
         self._all_required = len(self._required) == len(self._names)
-        self._one_shape = self._all_required and all(entry.fixed for entry in self._inputs)
+        self._one_shape = self._all_required and all(
+            entry.fixed or entry.ragged for entry in self._inputs
+        )
 
     def admit(self, request: InferRequest) -> Work:
         """Raises InvalidArgument or Unsupported; what it lets through, any batch can take."""
@@ -186,10 +188,16 @@ class Contract:
     def _key(self, tensors: Mapping[str, Tensor]) -> Hashable:
         skip = 1 if self._max_rows else 0
         if self._all_required:
-            return tuple(tensors[entry.name].shape[skip:] for entry in self._inputs)
+            return tuple(
+                tensors[entry.name].shape[skip:] for entry in self._inputs if not entry.ragged
+            )
         # Only requests that leave out the same inputs share a batch.
         return tuple(
-            tensors[entry.name].shape[skip:] if entry.name in tensors else None
+            None
+            if entry.name not in tensors
+            else ()
+            if entry.ragged
+            else tensors[entry.name].shape[skip:]
             for entry in self._inputs
         )
 
@@ -225,6 +233,7 @@ class _Input:
         self.reshape = None if entry.reshape is None else entry.reshape.shape
         self.fixed = -1 not in entry.dims
         self.carries_shape = entry.carries_shape
+        self.ragged = entry.allow_ragged_batch
 
     def fits(self, shape: Shape) -> bool:
         if self.fixed:

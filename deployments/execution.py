@@ -21,7 +21,7 @@ from configs.parameters import ModelParameters
 from . import runtimes
 from .desk import How, SendAgain
 from .errors import ExecutionFailed, MantaError
-from .runtimes import convert, faults
+from .runtimes import convert, faults, ragged
 from .runtimes import strings as text
 from .runtimes.faults import FatalDeviceError
 from .types import Array, Batch, OutputArray, Part
@@ -50,6 +50,9 @@ class Execution:
         self._kind = kind
         self._stream = stream
         self._trying = trying
+        self._ragged = ragged.of(config)
+        objects = runtime.signature.objects
+        self._decode = text.decode_objects if objects else text.decode_strings
 
     def run(self, batch: Batch, how: How) -> tuple[Part, ...]:
         """Raises FatalDeviceError, and SendAgain for joined inputs that a failed run may have
@@ -144,7 +147,6 @@ class Execution:
     ) -> tuple[list[runtimes.Value | None], tuple[int, ...], list[Part]]:
         """The inputs, who is in them, and an error for each member whose strings are no strings."""
         strings: dict[tuple[int, int], Any] = {}
-        decode = text.decode_objects if self._runtime.signature.objects else text.decode_strings
         bad: dict[int, MantaError] = {}
         batching = self._config.max_batch_size > 0
         for index, tensor in enumerate(self._config.input):
@@ -152,7 +154,7 @@ class Execution:
                 for k in members:
                     array = _member(batch, index, k)
                     try:
-                        strings[index, k] = decode(
+                        strings[index, k] = self._decode(
                             tensor, _present(array, tensor.name), batch.rows[k], batching
                         )
                     except MantaError as error:
@@ -163,8 +165,9 @@ class Execution:
             if _is_absent(tensor, batch, index, members):
                 inputs.append(None)
                 continue
+            flat = self._ragged is not None and index in self._ragged.flat
             if tensor.data_type == "TYPE_STRING":
-                inputs.append(_together([strings[index, k] for k in good]))
+                inputs.append(_together([strings[index, k] for k in good], flat))
                 continue
             whole = batch.joined[index] if batch.joined else None
             if whole is not None and len(good) == len(batch.rows):
@@ -174,7 +177,14 @@ class Execution:
                 if len(arrays) == 1 < len(members):
                     # It is looked at as it is, and run again should this fail: not what it was.
                     arrays = [arrays[0].copy()]
+            if flat:
+                arrays = [array.reshape(-1) for array in arrays]
             inputs.append(convert.build_tensor(tensor, arrays, self._runtime.device))
+        if self._ragged is not None and good:
+            shapes = [
+                [_shape(batch, strings, index, k) for k in good] for index in self._ragged.sources
+            ]
+            inputs += self._ragged.generate(shapes, self._runtime.device)
         return inputs, good, [Part((k,), {}, error) for k, error in bad.items()]
 
     def _synchronize(self) -> None:
@@ -209,9 +219,22 @@ def _is_absent(tensor: ModelInput, batch: Batch, index: int, members: Sequence[i
     return tensor.optional and all(_member(batch, index, k) is None for k in members)
 
 
-def _together(strings: list[Any]) -> runtimes.Value:
+def _shape(
+    batch: Batch, strings: dict[tuple[int, int], Any], index: int, k: int
+) -> tuple[int, ...]:
+    """Of one member's input, as its request has it."""
+    if (index, k) not in strings:
+        array = _member(batch, index, k)
+        return () if array is None else array.shape
+    text = strings[index, k]
+    return (len(text),) if isinstance(text, list) else tuple(text.shape)
+
+
+def _together(strings: list[Any], flat: bool) -> runtimes.Value:
     if isinstance(strings[0], list):
         return [one for member in strings for one in member]
+    if flat:
+        strings = [array.reshape(-1) for array in strings]
     return np.concatenate(strings) if len(strings) > 1 else strings[0]
 
 

@@ -31,6 +31,7 @@ from .http import HttpApp, MetricsApp
 from .inference import Inference
 from .listener import Listener
 from .places import Places
+from .scatter import Scatter
 from .scheduler import policy
 from .statistics import Recorder, VersionKey
 from .types import Snapshot, VersionSnapshot
@@ -199,7 +200,9 @@ class Router:
         )
         # Called from a later tick at the earliest, when there is a gate.
         places = Places(reach, lambda: gate.pump())
-        batcher = Batcher(version.model_name, config.max_batch_size > 0, self._collect)
+        batcher = Batcher(
+            version.model_name, config.max_batch_size > 0, self._collect, Scatter(config)
+        )
         key = VersionKey(version.model_name, str(version.version), application)
         gate = Gate(
             version.model_name,

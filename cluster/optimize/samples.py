@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs import dtypes
+from configs import dtypes, ragged
+from configs.errors import ConfigError
 from configs.model import ModelConfig, ModelInput
 
 from .target import OptimizeError
@@ -55,6 +56,10 @@ def checked_sizes(config: ModelConfig, measured: Sequence[int]) -> tuple[int, ..
 
 
 def check_config(config: ModelConfig) -> None:
+    try:
+        ragged.check_kind(config, "aoti")
+    except ConfigError as error:
+        raise OptimizeError(str(error)) from None
     types = [(tensor.name, tensor.data_type) for tensor in config.input]
     types += [(tensor.name, tensor.data_type) for tensor in config.output]
     for name, data_type in types:

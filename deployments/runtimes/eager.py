@@ -25,11 +25,12 @@ import torch
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
-from deployments.signature import Binding, Signature, bind
+from deployments.signature import Binding, Signature
 
 from . import Value, devices, faults, hints, place
 from .arrangement import Arrangement
 from .outputs import pick
+from .ragged import bind_all
 
 logger = logging.getLogger("manta.runtimes")
 
@@ -86,7 +87,7 @@ def load(
         _check_compiler(options, where)
     module = _construct(_import(path, where), where)
     signature = Signature(None, objects=True, forward=hints.describe(module))
-    binding = bind(config, signature)
+    binding = bind_all(config, signature)
     _load_weights(module, path, config, "cpu" if kind == "KIND_MODEL" else device)
     target = torch.device(device)
     if kind == "KIND_MODEL":

@@ -18,11 +18,12 @@ from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments import archives
-from deployments.signature import Binding, Signature, bind
+from deployments.signature import Binding, Signature
 
 from . import Value, devices, faults, place, schema
 from .arrangement import Arrangement
 from .outputs import pick
+from .ragged import bind_all
 
 
 class TorchScript:
@@ -84,7 +85,7 @@ def load(
     signature = schema.describe(module, config.name, schema.named_fields(path))
     if parameters.enable_freezing:
         module = _freeze(module, where)
-    binding = bind(config, signature)
+    binding = bind_all(config, signature)
     return TorchScript(module, config, signature, binding, inputs_at, parameters.enable_freezing)
 
 

@@ -15,6 +15,8 @@ MIRRORS: dict[str, type[BaseModel]] = {
     "": model.ModelConfig,
     "input": model.ModelInput,
     "output": model.ModelOutput,
+    "batch_input": model.BatchInput,
+    "batch_output": model.BatchOutput,
     "input.reshape": model.Reshape,
     "output.reshape": model.Reshape,
     "instance_group": model.InstanceGroup,
@@ -34,8 +36,6 @@ def refuse_unsupported(proto):
 SETTINGS = {
     "ensemble_scheduling": "ensemble_scheduling { }",
     "sequence_batching": "sequence_batching { }",
-    "batch_input": "batch_input { kind: BATCH_ELEMENT_COUNT }",
-    "batch_output": "batch_output { target_name: 'x' }",
     "dynamic_batching.default_priority_level": "dynamic_batching { default_priority_level: 1 }",
     "dynamic_batching.default_queue_policy": (
         "dynamic_batching { default_queue_policy { max_queue_size: 4 } }"
@@ -44,7 +44,6 @@ SETTINGS = {
     "dynamic_batching.priority_queue_policy": (
         "dynamic_batching { priority_queue_policy { key: 1 value { } } }"
     ),
-    "input.allow_ragged_batch": "input { allow_ragged_batch: true }",
     "input.is_non_linear_format_io": "input { is_non_linear_format_io: true }",
     "input.is_shape_tensor": "input { is_shape_tensor: true }",
     "instance_group.profile": "instance_group { profile: '0' }",

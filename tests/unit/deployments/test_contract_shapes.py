@@ -80,6 +80,38 @@ def test_the_count_of_strings_is_checked_against_the_shape():
         made.admit(request((1, 2, 3), encode_bytes(strings(7))))
 
 
+def test_ragged_inputs_share_a_batch_whatever_their_shape():
+    _, config = contract((-1, -1), None, "TYPE_FP32")
+    (x,) = config.input
+    for flag, keys in ((False, 3), (True, 1)):
+        other = x.model_copy(update={"name": "other", "dims": (2,)})
+        entries = (x.model_copy(update={"allow_ragged_batch": flag}), other)
+        made = Contract("m", config.model_copy(update={"input": entries}))
+        found = set()
+        for shape in ((1, 2, 3), (1, 3, 2), (2, 3, 1)):
+            tensors = (
+                Tensor("x", "FP32", shape, np.zeros(shape, np.float32)),
+                Tensor("other", "FP32", (shape[0], 2), np.zeros((shape[0], 2), np.float32)),
+            )
+            found.add(made.admit(InferRequest("m", "", "", tensors)).key)
+        assert len(found) == keys
+
+
+def test_other_inputs_of_a_ragged_model_still_have_to_agree():
+    _, config = contract((-1,), None, "TYPE_FP32")
+    (x,) = config.input
+    entries = (x.model_copy(update={"allow_ragged_batch": True, "name": "r"}), x)
+    made = Contract("m", config.model_copy(update={"input": entries}))
+    keys = []
+    for ragged, other in ((3, 2), (5, 2), (3, 4)):
+        tensors = tuple(
+            Tensor(name, "FP32", (1, size), np.zeros((1, size), np.float32))
+            for name, size in (("r", ragged), ("x", other))
+        )
+        keys.append(made.admit(InferRequest("m", "", "", tensors)).key)
+    assert keys[0] == keys[1] != keys[2]
+
+
 @pytest.mark.parametrize(
     ("dims", "reshape", "shape", "seen"),
     [

@@ -86,6 +86,9 @@ def test_sizes() -> None:
 
 
 def test_strings_are_refused() -> None:
+    ragged = described("x").model_copy(update={"allow_ragged_batch": True})
+    with pytest.raises(OptimizeError, match=r"input\[0\].allow_ragged_batch: ragged batches"):
+        build([ragged])
     with pytest.raises(OptimizeError, match="'words' is TYPE_STRING"):
         build([string_input("words")])
 
