@@ -47,6 +47,14 @@ class Misfit(torch.nn.Module):
         return x
 
 
+class Reshaped(torch.nn.Module):
+    """Sees what `reshape` makes of its inputs, and returns what it is to undo."""
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.shape[1] == 2 and scale.dim() == 1
+        return x * scale[:, None, None], scale
+
+
 def every(kind: Sequence[DataType], engine: str, more: str, dims: str = "-1") -> str:
     def listed(word: str) -> list[str]:
         return [repository.tensor(f"{word}__{i}", dims, k.config) for i, k in enumerate(kind)]
@@ -79,8 +87,26 @@ def loaded(models_root: Path, server: Server, kinds_package: Path) -> None:
             more=HELD,
         ),
     )
+    models.save_torchscript(Reshaped(), models_root, "reshaped")
+    turned, flat = "reshape { shape: [ 2, -1 ] }", "reshape { shape: [ ] }"
+    fp32 = "TYPE_FP32"
+    repository.write_config(
+        models_root,
+        "reshaped",
+        repository.config(
+            [
+                repository.tensor("x", "-1, 2", fp32, turned),
+                repository.tensor("scale", "1", fp32, flat),
+            ],
+            [
+                repository.tensor("OUTPUT__0", "-1, 2", fp32, turned),
+                repository.tensor("OUTPUT__1", "1", fp32, flat),
+            ],
+            max_batch_size=8,
+        ),
+    )
     with httpclient.InferenceServerClient(server.http, network_timeout=300) as client:
-        for name in (*SERVED, "misfit"):
+        for name in (*SERVED, "misfit", "reshaped"):
             client.load_model(name)
 
 
@@ -183,6 +209,27 @@ def test_a22_zero_size_among_others(loaded: None, server: Server, protocol: str)
 
     for reply, array in zip(asyncio.run(run()), arrays, strict=True):
         assert reply.as_numpy("OUTPUT__0").shape == array.shape
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_reshape_both_ways_with_variable_sizes(loaded: None, server: Server, protocol: str) -> None:
+    draw = np.random.default_rng(3)
+    shapes = [(1 + i % 3, i % 4, 2) for i in range(24)]
+    asked = [
+        {"x": draw.random(shape, np.float32), "scale": draw.random((shape[0], 1), np.float32)}
+        for shape in shapes
+    ]
+
+    async def run() -> list[Any]:
+        async with aio_client(server, protocol) as client:
+            return await asyncio.gather(*(infer_aio(client, "reshaped", each) for each in asked))
+
+    for reply, each in zip(asyncio.run(run()), asked, strict=True):
+        x, scale = (torch.from_numpy(each[name]) for name in ("x", "scale"))
+        direct, _ = Reshaped()(x.reshape(len(x), 2, x.shape[1]), scale.reshape(-1))
+        found = reply.as_numpy("OUTPUT__0")
+        np.testing.assert_array_equal(found, direct.reshape(x.shape).numpy())
+        np.testing.assert_array_equal(reply.as_numpy("OUTPUT__1"), each["scale"])
 
 
 # --- answers that do not fit ---------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch as safetensors
 import torch
@@ -11,7 +12,7 @@ from configs.parameters import ModelParameters
 from deployments import runtimes
 from deployments.errors import ExecutionFailed
 from tests import models
-from tests.models import config
+from tests.models import config, string_input, string_output
 
 A = torch.arange(4.0).reshape(1, 4)
 HEAD = "import torch\nfrom torch.nn import Linear, Module\n"
@@ -198,6 +199,21 @@ def test_compile_parameters_reach_torch(tmp_path):
     assert torch.equal(load(path, *ONE, backend="eager", fullgraph=True).run([A])[0], A * 2)
     with pytest.raises(ConfigError, match="unexpected keyword argument 'nonsense'"):
         load(path, *ONE, nonsense=1, backend="eager")
+
+
+def test_a_compiled_model_takes_object_arrays(tmp_path):
+    source = HEAD + (
+        "import numpy as np\nclass Net(Module):\n    def forward(self, words):\n"
+        "        return np.array([word * 2 for word in words.flat], object)"
+    )
+    made = config([string_input("words")], [string_output("y")], runtime="model.py")
+    options = ModelParameters(torch_compile_optional_parameters={"backend": "eager"})
+    path = models.save_eager(source, tmp_path)
+    runtime = runtimes.load(path, made, options, "cpu", "KIND_CPU")
+    for words in ([b"a", b"\xff"], [b"other"]):
+        (found,) = runtime.run([np.array(words, object)])
+        assert isinstance(found, np.ndarray)
+        assert found.tolist() == [word * 2 for word in words]
 
 
 def test_missing_compiler_is_said_at_load(tmp_path, monkeypatch):
