@@ -34,6 +34,7 @@ usage: manta COMMAND ...
 
   manta serve --model-repository=PATH ...   serve a model repository
   manta check PATH ...                      validate a repository without serving it
+  manta config PATH [--model NAME]          print the completed config.pbtxt of models
   manta optimize PATH --model NAME ...      make a faster version of a model, checked and measured
 
 manta COMMAND --help tells the options of each."""
@@ -53,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .check import command as check
 
         return check.main(words[1:])
+    if words[0] == "config":
+        from . import configure
+
+        return configure.main(words[1:])
     if words[0] != "serve":
-        known = "serve, check, optimize"
+        known = "serve, check, config, optimize"
         print(f"manta: unknown command '{words[0]}'; there are: {known}", file=sys.stderr)
         return 1
     if any(word in ("-h", "--help") for word in words[1:]):

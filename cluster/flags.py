@@ -72,6 +72,7 @@ FLAGS: dict[str, Flag] = {
     "max-queue-secs": Flag("max_queue_s", "number", "how long a request may wait for a batch"),
     "max-execution-secs": Flag("max_execution_s", "number", "when a running batch counts as hung"),
     "model-load-timeout-secs": Flag("model_load_timeout_s", "number", "limit of one load"),
+    "compile-cache": Flag("compile_cache", "text", "folder for what COMPILE_ON_LOAD compiles"),
     "logical-gpus": Flag("logical_gpus", "bool", "run GPU instances on the CPU, to test placement"),
     "allow-insecure-cluster": Flag(
         "allow_insecure_cluster", "bool", "run on a Ray cluster without token authentication"

@@ -72,6 +72,7 @@ def finish(
     config = config.model_copy(update={"open_batch": False})
     checks.check(config)
     checks.check_strings(config, kind)
+    ragged.check_kind(config, kind)
     return config.model_copy(update={"dynamic_batching": _preferred(config)})
 
 

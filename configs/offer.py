@@ -22,38 +22,52 @@ Tensor = TypeVar("Tensor", ModelInput, ModelOutput)
 @dataclass(frozen=True, slots=True)
 class Offered:
     """One tensor of the model. The first of `names` is the one that it gets when nobody has named
-    it. `shape` is the whole of it, -1 where any size goes; None and "" are not known."""
+    it. `shape` is the whole of it, -1 where any size goes; None and "" are not known. `batched`:
+    whether the first dimension of an output is the batch's."""
 
     names: tuple[str, ...]
     data_type: str = ""
     shape: Shape | None = None
+    batched: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """`outputs` None: not known. `batching`: all tensors have a first dimension of any size;
-    None is not known. `most_rows` is its largest size, 0 without a bound."""
+    """`outputs` None: not known. `batching`: all inputs have a first dimension of any size; None is
+    not known. `most_rows` is its largest size, 0 without a bound; without a batch, the size
+    that the first dimension of all inputs has. `by_order`: tensors may have names of their own."""
 
     inputs: tuple[Offered, ...]
     outputs: tuple[Offered, ...] | None
     batching: bool | None
     most_rows: int = 0
+    by_order: bool = False
 
 
 def fill(config: ModelConfig, kind: RuntimeKind, offer: Offer) -> ModelConfig:
     """The whole configuration; raises ConfigError for what is missing or contradicts."""
     rows = _batch_size(config, offer) if config.open_batch else config.max_batch_size
-    check_batch(config if not config.open_batch else _sized(config, rows), offer)
-    inputs = _tensors(config.input, offer.inputs, rows > 0, ModelInput)
-    named = {tensor.name for tensor in inputs}
-    if len(inputs) < len(offer.inputs) and all(_find(t.name, offer.inputs) for t in inputs):
-        # A model needs all of its inputs; of its outputs some may stay unnamed.
-        missing = [one for one in offer.inputs if not named.intersection(one.names)]
-        inputs += _tensors((), missing, rows > 0, ModelInput)
-    outputs = _tensors(config.output, offer.outputs or (), rows > 0, ModelOutput)
-    filled = config.model_copy(update={"input": inputs, "output": outputs})
+    check_batch(config.model_copy(update={"max_batch_size": rows}), offer)
+    usable = [one for one in offer.outputs or () if _usable(one)]
+    filled = config.model_copy(
+        update={
+            "input": _tensors(config.input, offer.inputs, offer, rows > 0, ModelInput),
+            "output": _tensors(
+                config.output,
+                (offer.outputs or ()) if config.output else usable,
+                offer,
+                rows > 0,
+                ModelOutput,
+            ),
+        }
+    )
     check_tensors(filled, offer, rows > 0)
     return finish(filled, kind, rows)
+
+
+def _usable(offered: Offered) -> bool:
+    """An output that nobody has asked for is left out where no configuration can name it."""
+    return bool(offered.data_type and offered.shape)
 
 
 def check_batch(config: ModelConfig, offer: Offer) -> None:
@@ -61,7 +75,15 @@ def check_batch(config: ModelConfig, offer: Offer) -> None:
     size = config.max_batch_size
     if not size or offer.batching is None:
         return
-    if not offer.batching:
+    for index, tensor in enumerate(config.output):
+        found = _find(tensor.name, offer.outputs or ())
+        if offer.batching and found is not None and found.batched is False:
+            raise ConfigError(
+                f"max_batch_size is {size}, and output '{tensor.name}' of the model has no batch "
+                f"dimension: its shape is {list(found.shape or ())}",
+                field=f"output[{index}].dims",
+            )
+    if not offer.batching and (size, offer.most_rows) != (1, 1):
         shapes = ", ".join(f"{one.names[0]} {list(one.shape or ())}" for one in offer.inputs)
         raise ConfigError(
             f"max_batch_size is {size}, and the model was exported without a dynamic batch "
@@ -69,7 +91,7 @@ def check_batch(config: ModelConfig, offer: Offer) -> None:
             "as dims, or export it with a Dim as first dimension of each input",
             field="max_batch_size",
         )
-    if offer.most_rows and size > offer.most_rows:
+    if offer.batching and offer.most_rows and size > offer.most_rows:
         raise ConfigError(
             f"max_batch_size is {size}, and the model was exported for batches of at most "
             f"{offer.most_rows}",
@@ -113,6 +135,10 @@ def _batch_size(config: ModelConfig, offer: Offer) -> int:
     them."""
     if not offer.batching:
         return 0
+    asked = [_find(tensor.name, offer.outputs or ()) for tensor in config.output]
+    results = asked or [one for one in offer.outputs or () if _usable(one)]
+    if any(one is not None and one.batched is False for one in results):
+        return 0
     for side, _, tensor in tensors(config):
         found = _find(tensor.name, offer.inputs if side == "input" else offer.outputs or ())
         if tensor.dims and found is not None and found.shape is not None:
@@ -121,17 +147,22 @@ def _batch_size(config: ModelConfig, offer: Offer) -> int:
     return offer.most_rows or DEFAULT_MAX_BATCH_SIZE
 
 
-def _sized(config: ModelConfig, rows: int) -> ModelConfig:
-    return config.model_copy(update={"max_batch_size": rows})
-
-
 def _tensors(
-    written: Sequence[Tensor], offered: Sequence[Offered], batching: bool, make: type[Tensor]
+    written: Sequence[Tensor],
+    offered: Sequence[Offered],
+    offer: Offer,
+    batching: bool,
+    make: type[Tensor],
 ) -> tuple[Tensor, ...]:
     if not written:
         return tuple(_filled(make(name=one.names[0]), one, batching) for one in offered)
-    found = ((tensor, _find(tensor.name, offered)) for tensor in written)
-    return tuple(t if one is None else _filled(t, one, batching) for t, one in found)
+    found = [_find(tensor.name, offered) for tensor in written]
+    if offer.by_order and len(written) == len(offered) and not any(found):
+        found = [*offered]
+    return tuple(
+        tensor if one is None else _filled(tensor, one, batching)
+        for tensor, one in zip(written, found, strict=True)
+    )
 
 
 def _filled(tensor: Tensor, offered: Offered, batching: bool) -> Tensor:

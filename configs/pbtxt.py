@@ -264,6 +264,12 @@ def to_proto(config: ModelConfig) -> Any:
     return proto
 
 
+def to_text(config: ModelConfig) -> str:
+    """As config.pbtxt; `parse` makes the same of it."""
+    text: str = text_format.MessageToString(to_proto(config))
+    return text
+
+
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """As /v2/models/{model}/config shows it: every scalar, maps as objects, numbers as numbers."""
     data: dict[str, Any] = json_format.MessageToDict(

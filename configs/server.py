@@ -147,6 +147,12 @@ class ServerSettings(BaseModel):
         description="Environment of the replicas; by default ours for torch, CUDA and threads.",
     )
 
+    compile_cache: str = Field(
+        default_factory=lambda: os.environ.get("MANTA_COMPILE_CACHE", ""),
+        description="Folder for what COMPILE_ON_LOAD compiles, on each node; by default "
+        "MANTA_COMPILE_CACHE, or manta/compiled in the user's cache.",
+    )
+
     max_queue_requests: int = Field(
         4096, ge=1, description="Requests that may wait per model version in one Router."
     )

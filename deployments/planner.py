@@ -73,6 +73,8 @@ class Planner:
         self._controller_application = controller_application
         self._cluster = cluster
         self._completes = not settings.disable_auto_complete_config
+        cache = {"MANTA_COMPILE_CACHE": settings.compile_cache} if settings.compile_cache else {}
+        self._environment = {**settings.environment, **cache}
 
     def plan(self, name: str) -> tuple[list[Plan], dict[int, str]]:
         """The versions that the policy selects, and why some of them cannot be.
@@ -151,7 +153,7 @@ class Planner:
                 threads=threads,
                 max_execution_s=self._settings.max_execution_s,
                 logical_gpus=self._settings.logical_gpus,
-                environment=self._settings.environment,
+                environment=self._environment,
                 passive=placement.passive,
             )
             for placement in plan.placements

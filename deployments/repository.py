@@ -30,6 +30,7 @@ from .errors import Internal, InvalidArgument, Unavailable
 logger = logging.getLogger("manta.repository")
 
 CONFIG = "config.pbtxt"
+SAMPLE = "sample_input.npz"  # what a model takes, to complete its configuration from
 DUPLICATE = "model appears in two or more repositories"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_LABEL_BYTES = 64 << 20
@@ -248,12 +249,13 @@ class Repository:
         return labels
 
     def content_hash(self, found: Found, version: int, config: ModelConfig) -> str:
-        """sha256 over config.pbtxt, the label files and all files of the version directory, and
-        those that the configuration names behind a link to a directory."""
+        """sha256 over config.pbtxt, the sample, the label files, all files of the version directory
+        and those that the configuration names behind a link to a directory."""
         total = hashlib.sha256()
         model = Path(found.path)
         folder = self._version_folder(found, version)
-        named = [CONFIG, *sorted({o.label_filename for o in config.output if o.label_filename})]
+        labels = sorted({o.label_filename for o in config.output if o.label_filename})
+        named = [CONFIG, SAMPLE, *labels]
         files = {config.default_model_filename, *config.cc_model_filenames.values()} - {""}
         artifacts = {os.path.normpath(f"{version}/{name}") for name in files}
         for relative in [*named, *sorted(artifacts.union(_walk(folder, model)))]:

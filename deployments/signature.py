@@ -83,7 +83,7 @@ def bind(config: ModelConfig, signature: Signature) -> Binding:
     for kind, tensors in (("input", config.input), ("output", config.output)):
         for index, tensor in enumerate(tensors):
             _check_strings(config, signature, f"{kind}[{index}]", tensor)
-    inputs = _bind_inputs(config, signature)
+    inputs = bind_inputs(config, signature)
     if not config.input:
         raise ConfigError("model configuration must contain at least one input", field="input")
     return Binding(inputs, _bind_outputs(config, signature))
@@ -122,7 +122,7 @@ def _check_strings(config: ModelConfig, signature: Signature, field: str, tensor
 # --- inputs --------------------------------------------------------------------------------------
 
 
-def _bind_inputs(config: ModelConfig, signature: Signature) -> tuple[Slot, ...]:
+def bind_inputs(config: ModelConfig, signature: Signature) -> tuple[Slot, ...]:
     names = [tensor.name for tensor in config.input]
     if not (signature.closed or signature.dict_input):
         return arguments.bind_inputs(config, signature.called)

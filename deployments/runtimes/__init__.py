@@ -43,13 +43,15 @@ def load(
     path: Path, config: ModelConfig, parameters: ModelParameters, device: str, kind: str
 ) -> Runtime:
     """Raises ConfigError, whose file is relative to the model repository."""
-    from . import aoti, eager, torchscript
+    from . import aoti, eager, exported, torchscript
 
     if not path.is_file():
         raise ConfigError("cannot find the file for model instance", file=place(path, config))
     chosen = runtime_kind(config, (path.name,))
     if chosen == "aoti":
         return aoti.load(path, config, parameters, device, kind)
+    if chosen == "exported":
+        return exported.load(path, config, parameters, device, kind)
     if chosen == "eager":
         return eager.load(path, config, parameters, device, kind)
     loaded = torchscript.load(path, config, parameters, device, kind)

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
+from configs import checks
 from configs.errors import ConfigError
 from configs.model import ModelConfig
+from configs.offer import Offer, check_batch, check_tensors
 from configs.parameters import ModelParameters
 from deployments import archives
 from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.signature import Binding, Signature, bind
 
-from . import Value, faults, place
+from . import Value, faults, leaves, package, place, probing
 from .callspec import parse_call_spec
+from .rows import cut, padded
 
 _CHECK = re.compile(r"input_handles\[(\d+)\]: (.+)", re.DOTALL)
 _TOO_FEW = re.compile(r"dim value is too small at 0, expected it to be >= (\d+), but got: (\d+)")
@@ -46,6 +49,7 @@ class Aoti:
         binding: Binding,
         device: torch.device,
         metadata: Mapping[str, str],
+        fewest_rows: int = 1,
     ) -> None:
         self._loader = loader
         self._config = config
@@ -53,7 +57,7 @@ class Aoti:
         self.binding = binding
         self.device = device
         self._optimised = INPUTS_KEY in metadata
-        self._fewest_rows = int(metadata.get(FEWEST_KEY, 1))
+        self._fewest_rows = max(int(metadata.get(FEWEST_KEY, 1)), fewest_rows)
         self._order = [slot.position for slot in binding.inputs]
         self._names = {
             slot.position: tensor.name
@@ -70,14 +74,14 @@ class Aoti:
         if 0 < rows < self._fewest_rows:
             return self._run_padded(slots, rows)
         try:
-            leaves = self._loader.run(slots)
+            found = self._loader.run(slots)
         except RuntimeError as error:
             fewest = self._too_few(error, rows)
             if not fewest:
                 raise self._explained(error) from error
             self._fewest_rows = fewest
             return self._run_padded(slots, rows)
-        return self._outputs(leaves)
+        return self._outputs(found)
 
     def _check_empty(self, slots: Sequence[torch.Tensor]) -> None:
         """Such a package is compiled without a lower bound, so that one row is welcome; of nothing
@@ -91,16 +95,11 @@ class Aoti:
         """torch.export takes a dynamic dimension to be at least 2 unless told otherwise, so that a
         single row fails the package's own check: repeat the last row and cut the results."""
         wanted = self._fewest_rows
-        padded = [
-            torch.cat([t, t[-1:].expand(wanted - rows, *t.shape[1:])]).contiguous() for t in slots
-        ]
         try:
-            leaves = self._loader.run(padded)
+            found = self._loader.run(padded(slots, wanted))
         except RuntimeError as error:
             raise self._explained(error) from error
-        return self._outputs(
-            [t[:rows] if t is not None and t.dim() and t.shape[0] == wanted else t for t in leaves]
-        )
+        return self._outputs(cut(found, rows, wanted))
 
     def _too_few(self, error: RuntimeError, rows: int) -> int:
         found = _TOO_FEW.search(str(error))
@@ -108,11 +107,11 @@ class Aoti:
             return 0
         return int(found.group(1))
 
-    def _outputs(self, leaves: Sequence[Any]) -> list[object]:
+    def _outputs(self, found: Sequence[Any]) -> list[object]:
         expected = len(self.signature.outputs or ())
-        if len(leaves) != expected:
-            raise ExecutionFailed(f"the package returned {len(leaves)} tensors, not {expected}")
-        return [leaves[slot.position] for slot in self.binding.outputs]
+        if len(found) != expected:
+            raise ExecutionFailed(f"the package returned {len(found)} tensors, not {expected}")
+        return [found[slot.position] for slot in self.binding.outputs]
 
     def _explained(self, error: RuntimeError) -> Exception:
         found = _CHECK.search(str(error))
@@ -129,9 +128,61 @@ class Aoti:
 
 
 def load(
-    path: Path, config: ModelConfig, parameters: ModelParameters, device: str, kind: str
+    path: Path,
+    config: ModelConfig,
+    parameters: ModelParameters,
+    device: str,
+    kind: str,
+    where: str = "",
 ) -> Aoti:
+    """`where` is what errors call the file, if not by its place in the repository."""
+    where = where or place(path, config)
+    archive, target = _admit(path, device, kind, where)
+    # Instances that share the package run side by side only with a runner each.
+    most = max((group.count for group in config.instance_group), default=1)
+    runners = max(1, most) if parameters.enable_weight_sharing else 1
+    loader = _open(path, config.name, target, where, runners)
+    signature = parse_call_spec(*loader.get_call_spec())
+    _check_slots(loader, signature)
+    told = package.read(path)
+    offer = leaves.offer(signature, told.inputs, None, _own_names(archive.metadata))
+    check_batch(config, offer)
+    check_tensors(config, offer, config.max_batch_size > 0)
+    binding = bind(_by_position(config, archive.metadata), signature)
+    if offer.batching is None and config.max_batch_size:
+        probing.check_rows(loader, config, binding, target)
+    first = leaves.batch(told.inputs.values())
+    fewest = first.low if first is not None else 1
+    return Aoti(loader, config, signature, binding, target, archive.metadata, fewest)
+
+
+def offer(path: Path, config: ModelConfig, device: str, kind: str) -> Offer:
+    """What a package tells of itself; where the configuration lacks outputs, which no package
+    describes, it is run twice on zeros. Raises ConfigError."""
     where = place(path, config)
+    archive, target = _admit(path, device, kind, where)
+    told = package.read(path)
+    lacking = not config.output or any(
+        tensor.data_type == "TYPE_INVALID" or not tensor.dims for tensor in config.output
+    )
+    loader = _open(path, config.name, target, where) if lacking or not told.specs else None
+    signature = parse_call_spec(*(loader.get_call_spec() if loader is not None else told.specs))
+    unknown = [s.name for s in signature.inputs or () if s.position not in told.inputs]
+    if unknown and checks.lacks(config):
+        raise ConfigError(
+            f"the package does not tell what {', '.join(unknown)} must be, since it was made "
+            "without its source: list all inputs and outputs in config.pbtxt",
+            file=where,
+        )
+    outputs = None
+    if lacking:
+        _check_slots(loader, signature)
+        outputs = probing.outputs(loader, told.inputs, target, where)
+    return leaves.offer(signature, told.inputs, outputs, _own_names(archive.metadata))
+
+
+def _admit(path: Path, device: str, kind: str, where: str) -> tuple[archives.Archive, torch.device]:
+    """The archive and where it runs; raises ConfigError for what cannot run there."""
     archive = archives.inspect(path)
     reason = archives.refuse_aoti(archive)
     target = torch.device(device)
@@ -145,28 +196,33 @@ def load(
     reason = reason or _refuse_processor(archive.metadata.get("AOTI_CPU_ISA", ""))
     if reason:
         raise ConfigError(reason, file=where)
+    return archive, target
+
+
+def _open(path: Path, model: str, target: torch.device, where: str, runners: int = 1) -> Any:
     os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
     c: Any = torch._C
-    # Instances that share the package run side by side only with a runner each.
-    runners = max((group.count for group in config.instance_group), default=1)
     try:
-        loader = c._aoti.AOTIModelPackageLoader(
+        return c._aoti.AOTIModelPackageLoader(
             str(path),
             "model",
             False,  # run_single_threaded
-            max(1, runners) if parameters.enable_weight_sharing else 1,
+            runners,
             (target.index or 0) if target.type == "cuda" else -1,
         )
     except (RuntimeError, ValueError) as error:
         if faults.is_fatal(error):
             raise
-        text = f"failed to load model '{config.name}': {faults.clean_text(error)}"
+        text = f"failed to load model '{model}': {faults.clean_text(error)}"
         raise ConfigError(text, file=where) from error
-    specs = loader.get_call_spec()
-    signature = parse_call_spec(*specs)
-    _check_slots(loader, signature)
-    binding = bind(_by_position(config, archive.metadata), signature)
-    return Aoti(loader, config, signature, binding, target, archive.metadata)
+
+
+def _own_names(metadata: Mapping[str, str]) -> tuple[dict[int, str], dict[int, str]]:
+    """By position, what an optimised version's tensors were called before."""
+    inputs, outputs = (
+        dict(enumerate(json.loads(metadata.get(key, "[]")))) for key in (INPUTS_KEY, OUTPUTS_KEY)
+    )
+    return inputs, outputs
 
 
 def _refuse_processor(wanted: str) -> str:

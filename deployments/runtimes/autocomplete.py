@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from configs.checks import lacks
 from configs.complete import finish, runtime_kind
 from configs.model import ModelConfig
+from configs.offer import Offer, fill
 from configs.parameters import ModelParameters
 
 
@@ -19,5 +21,26 @@ def complete(
     """The configuration to load `artifact` with; raises ConfigError for what is still missing or
     contradicts the model. Called for every model unless auto-complete is switched off; a kind that
     has nothing to add to a complete configuration does not touch the artifact."""
-    del parameters, device, kind
-    return finish(config, runtime_kind(config, (artifact.name,)))
+    chosen = runtime_kind(config, (artifact.name,))
+    offer = None
+    if lacks(config) or config.open_batch:
+        offer = _offer(artifact, config, device, kind)
+    return finish(config, chosen) if offer is None else fill(config, chosen, offer)
+
+
+def _offer(artifact: Path, config: ModelConfig, device: str, kind: str) -> Offer | None:
+    """None for a kind that tells nothing."""
+    match runtime_kind(config, (artifact.name,)):
+        case "aoti":
+            from . import aoti
+
+            return aoti.offer(artifact, config, device, kind)
+        case "torchscript" if lacks(config):
+            from . import sampling
+
+            return sampling.offer(artifact, config, device, kind)
+        case "exported":
+            from . import exported, place
+
+            return exported.describe(artifact, place(artifact, config))[1]
+    return None

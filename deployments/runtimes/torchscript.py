@@ -64,6 +64,16 @@ def load(
     path: Path, config: ModelConfig, parameters: ModelParameters, device: str, kind: str
 ) -> TorchScript:
     where = place(path, config)
+    module, inputs_at = read(path, config.name, device, kind, where)
+    signature = schema.describe(module, config.name, schema.named_fields(path))
+    if parameters.enable_freezing:
+        module = _freeze(module, where)
+    binding = bind_all(config, signature)
+    return TorchScript(module, config, signature, binding, inputs_at, parameters.enable_freezing)
+
+
+def read(path: Path, model: str, device: str, kind: str, where: str) -> tuple[Any, torch.device]:
+    """The module and where its inputs belong; raises ConfigError."""
     reason = archives.refuse_torchscript(archives.inspect(path))
     if reason:
         raise ConfigError(reason, file=where)
@@ -78,15 +88,10 @@ def load(
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if faults.is_fatal(error):
             raise
-        text = f"failed to load model '{config.name}': {faults.clean_text(error)}"
+        text = f"failed to load model '{model}': {faults.clean_text(error)}"
         raise ConfigError(text, file=where) from error
     # KIND_MODEL: inputs stay on the host, unless the model names no device and there is a GPU.
-    inputs_at = target or torch.device("cuda:0" if devices.settle(module) else "cpu")
-    signature = schema.describe(module, config.name, schema.named_fields(path))
-    if parameters.enable_freezing:
-        module = _freeze(module, where)
-    binding = bind_all(config, signature)
-    return TorchScript(module, config, signature, binding, inputs_at, parameters.enable_freezing)
+    return module, target or torch.device("cuda:0" if devices.settle(module) else "cpu")
 
 
 def _freeze(module: Any, where: str) -> Any:

@@ -3,15 +3,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from configs.errors import ConfigError
+from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments import runtimes
 from deployments.errors import InvalidArgument
-from deployments.runtimes import aoti
+from deployments.runtimes import aoti, autocomplete, package
 from deployments.signature import Signature, Slot
 from tests import models
 from tests.models import config
@@ -95,9 +97,52 @@ def test_what_does_not_fit_is_an_error_not_garbage(seed_package, wrong):
 
 
 def test_more_rows_than_it_was_compiled_for(seed_package):
-    runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS, max_batch_size=16)
+    runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS, max_batch_size=8)
     with pytest.raises(InvalidArgument, match="too large"):
         runtime.run(tensors(9))
+    with pytest.raises(ConfigError, match="max_batch_size is 16, and the model .* at most 8"):
+        load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS, max_batch_size=16)
+
+
+def test_the_configuration_is_held_against_the_package(seed_package):
+    inputs = [*INPUTS, "INPUT__5"]
+    with pytest.raises(ConfigError, match=r"input\[0\].data_type: .* TYPE_FP64, .* TYPE_FP32"):
+        load(seed_package, inputs, OUTPUTS, data_type="TYPE_FP64")
+    with pytest.raises(ConfigError, match=r"input\[0\].dims: .* has dims \[16\], .* \[-1, 16\]"):
+        load(seed_package, inputs, OUTPUTS, max_batch_size=0)
+    wide = config({n: (-1,) for n in inputs}, {n: (16,) for n in OUTPUTS}, platform="torch_aoti")
+    runtime = runtimes.load(seed_package, wide, ModelParameters(), "cpu", "KIND_CPU")
+    values = tensors(2)
+    with pytest.raises(InvalidArgument, match="expected: 16, but got: 5"):  # A16
+        runtime.run([torch.zeros(2, 5), *values[1:]])
+
+
+def test_a_package_without_its_source_is_asked(seed_package, tmp_path, monkeypatch):
+    """What it takes is then known only from what it refuses."""
+    monkeypatch.setattr(package, "read", lambda path: package.Package({}))
+    inputs = [*INPUTS, "INPUT__5"]
+    assert load(seed_package, inputs, OUTPUTS, max_batch_size=8).run(tensors(3))
+    with pytest.raises(ConfigError, match="max_batch_size is 9, .* batches of at most 8 rows"):
+        load(seed_package, inputs, OUTPUTS, max_batch_size=9)
+    bare = ModelConfig(name="model", platform="torch_aoti", open_batch=True)
+    with pytest.raises(ConfigError, match=r"does not tell what ARGS\[0\], .* must be"):
+        aoti.offer(seed_package, bare, "cpu", "KIND_CPU")
+
+
+def test_completed_from_nothing(seed_package):
+    bare = ModelConfig(name="model", backend="pytorch", platform="torch_aoti", open_batch=True)
+    made = autocomplete.complete(seed_package, bare, ModelParameters(), "cpu", "KIND_CPU")
+    assert made.max_batch_size == 8
+    assert [t.name for t in made.input] == [*INPUTS, "KWARGS[kw_arg2]"]
+    assert {t.name for t in made.output} == set(OUTPUTS)
+    tensors_of: list[Any] = [*made.input, *made.output]
+    assert {(t.data_type, t.dims) for t in tensors_of} == {("TYPE_FP32", (16,))}
+    values = tensors(1)
+    got = runtimes.load(seed_package, made, ModelParameters(), "cpu", "KIND_CPU").run(values)
+    named = dict(zip(OUTPUTS, direct(values), strict=True))
+    for mine, output in zip(got, made.output, strict=True):
+        assert isinstance(mine, torch.Tensor)
+        assert torch.allclose(mine, named[output.name], atol=1e-5)
 
 
 def test_package_for_another_device(seed_package):
@@ -116,7 +161,7 @@ def test_a_leaf_that_is_no_tensor_is_a_load_error(seed_package):
 def test_other_archives_are_refused(tmp_path):
     path = models.version_folder(tmp_path) / "model.pt2"
     torch.export.save(torch.export.export(models.add_sub(), (torch.ones(4), torch.ones(4))), path)
-    with pytest.raises(ConfigError, match="torch.export.save, not an AOT Inductor package"):
+    with pytest.raises(ConfigError, match="torch.export.save, .*torch_export"):
         load(path, ["INPUT__0"], ["OUTPUT__0"])
     script = models.save_torchscript(models.add_sub(), tmp_path)
     with pytest.raises(ConfigError, match='platform: "pytorch_libtorch"'):
