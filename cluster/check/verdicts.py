@@ -17,7 +17,7 @@ from configs.errors import ConfigError
 from configs.parameters import parse_parameters
 from configs.placement import GroupPlacement
 from configs.server import ServerSettings
-from deployments.errors import MantaError
+from deployments.errors import MantaError, Unavailable
 from deployments.planner import Plan, Planner
 from deployments.repository import Found, Repository
 
@@ -80,18 +80,17 @@ class Verdicts:
             yield from self._of_version(found, plan)
 
     def _of_version(self, found: Found, plan: Plan) -> Iterator[Finding]:
-        artifact = self._repository.artifact(found, plan.number, plan.config)
-        parameters, warnings = parse_parameters(plan.config, (artifact.name,))
-        yield from (Finding("warning", text) for text in warnings)
-        runtime = runtime_kind(plan.config, (artifact.name,))
         told = f"{found.name} version {plan.number}"
-        if self._limit_s is None:
-            yield Finding("ok", f"{told}: {runtime}, {_groups(plan)}, not loaded")
-            return
-        seconds, good = 0.0, True
-        for kind, placement in {one.kind: one for one in plan.placements}.items():
-            made = trial.Subject(artifact, plan.config, parameters, kind, placement.gpu)
-            outcome = trial.load(made, self._limit_s)
+        seconds, good, runtime = 0.0, True, ""
+        for subject in self._subjects(found, plan):
+            if isinstance(subject, Finding):
+                good = good and subject.kind != "error"
+                yield subject
+                continue
+            runtime = runtime or runtime_kind(plan.config, (subject.artifact.name,))
+            if self._limit_s is None:
+                continue
+            outcome = trial.load(subject, self._limit_s)
             seconds += outcome.seconds
             good = good and outcome.error is None
             yield from (Finding("warning", text) for text in outcome.warnings)
@@ -99,7 +98,28 @@ class Verdicts:
             if outcome.error is not None:
                 yield Finding("error", self._explain(found, outcome.error))
         if good:
-            yield Finding("ok", f"{told}: {runtime}, {_groups(plan)}, loaded in {seconds:.1f} s")
+            loaded = "not loaded" if self._limit_s is None else f"loaded in {seconds:.1f} s"
+            yield Finding("ok", f"{told}: {runtime}, {_groups(plan)}, {loaded}")
+
+    def _subjects(self, found: Found, plan: Plan) -> Iterator[trial.Subject | Finding]:
+        """Each file with each kind of group that loads it, and what is wrong before any does."""
+        kinds = {one.kind: one for one in plan.placements}
+        missing = ""
+        for capability in ("", *plan.config.cc_model_filenames):
+            try:
+                artifact = self._repository.artifact(found, plan.number, plan.config, capability)
+            except Unavailable as error:
+                missing = missing or ("" if capability else str(error))
+                if capability:
+                    yield Finding("error", _named(found.name, str(error)))
+                continue
+            parameters, warnings = parse_parameters(plan.config, (artifact.name,))
+            yield from (Finding("warning", text) for text in warnings)
+            for kind, placement in kinds.items():
+                if not capability or kind == "KIND_GPU":
+                    yield trial.Subject(artifact, plan.config, parameters, kind, placement.gpu)
+        if missing:  # the Planner has seen to it that there is another
+            yield Finding("note", f"{missing}; GPUs of a listed compute capability need it not")
 
     def _explain(self, found: Found, error: ConfigError | str) -> str:
         if isinstance(error, str):

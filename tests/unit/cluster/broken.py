@@ -148,7 +148,7 @@ BROKEN: dict[str, Broken] = {
         text() + "instance_group { kind: KIND_CPU gpus: 0 }\n",
         script,
         "cpu_with_gpus/config.pbtxt:6: instance_group[0].gpus",
-        "KIND_CPU and must not list gpus",
+        "KIND_CPU but specifies one or more GPUs",
     ),
     "no_such_gpu": once(
         text() + "instance_group { kind: KIND_GPU gpus: 7 }\n",
@@ -183,9 +183,7 @@ BROKEN: dict[str, Broken] = {
         "no_such_index/config.pbtxt:4: input[1].name",
         "'INPUT__7'",
     ),
-    "takes_int": once(
-        text("a times"), takes_int, "forward of model 'takes_int' takes 'times' of type int"
-    ),
+    "takes_int": once(text("a times"), takes_int, "takes 'times' of type int"),
     "garbage": once(
         text(), file("model.pt", b"PK\x03\x04 no archive"), "garbage/1/model.pt", "failed to load"
     ),

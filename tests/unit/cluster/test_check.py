@@ -97,6 +97,21 @@ def test_one_model_read_only(
     assert last == "2 models: 1 good version, 1 error, 0 warnings"
 
 
+def test_files_of_compute_capabilities_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_good(tmp_path)
+    config = tmp_path / "script" / "config.pbtxt"
+    files = "".join(
+        f'cc_model_filenames {{ key: "{key}" value: "{name}" }}\n'
+        for key, name in (("9.0", "model.pt"), ("8.6", "other.pt"))
+    )
+    config.write_text(config.read_text() + files + "instance_group { kind: KIND_GPU }\n")
+    assert cli.main(["check", str(tmp_path), "--model=script", "--no-load", "--gpus=1"]) == 1
+    (error,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("error: ")]
+    assert "unable to find 'script/1/other.pt'" in error
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_model_that_hangs_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process: the fork computes nothing that the threads of torch would be missed for."""
