@@ -211,6 +211,7 @@ def from_proto(proto: Any) -> ModelConfig:
         dynamic_batching=DynamicBatching(
             preferred_batch_size=tuple(dynamic.preferred_batch_size),
             max_queue_delay_microseconds=dynamic.max_queue_delay_microseconds,
+            preserve_ordering=dynamic.preserve_ordering,
         )
         if proto.HasField("dynamic_batching")
         else None,

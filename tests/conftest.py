@@ -1,7 +1,8 @@
-"""The AOTI packages of the tests, compiled once and kept in pytest's cache."""
+"""What all tests share: the AOTI packages, compiled once and kept in pytest's cache."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -13,6 +14,13 @@ import pytest
 import torch
 
 from tests import kinds, models
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. A full collection, which some tests ask for by themselves or
+    by unloading a model, need not go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,14 @@ def test_proto_round_trip(policy):
     assert to_proto(_parse(text)) == text_format.Parse(text, pb.ModelConfig())
 
 
+def test_the_order_of_answers_is_read_and_shown():
+    text = TEXT.replace("microseconds: 100", "microseconds: 100 preserve_ordering: true")
+    assert to_proto(_parse(text)) == text_format.Parse(text, pb.ModelConfig())
+    for given, wanted in ((text, True), (TEXT, False)):
+        shown = to_json(normalise(_parse(given), [], has_gpu=True))
+        assert shown["dynamic_batching"]["preserve_ordering"] is wanted
+
+
 def test_json_has_every_scalar_and_numbers_as_numbers():
     data = to_json(normalise(_parse(TEXT), [], has_gpu=True))
     assert data["input"][0]["dims"] == [3, -1]

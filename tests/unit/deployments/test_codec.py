@@ -245,12 +245,14 @@ def test_headers_that_do_not_hold_are_refused(changes):
 json = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=5) | st.floats(),
     lambda inner: (
-        st.lists(inner, max_size=4)
+        st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["rows", "outputs", "inputs", "joined", "members", "x"]), inner
+            st.sampled_from(["rows", "outputs", "inputs", "joined", "members", "x"]),
+            inner,
+            max_size=3,
         )
     ),
-    max_leaves=12,
+    max_leaves=6,
 )
 
 
@@ -276,8 +278,11 @@ def test_any_json_for_a_header_raises_nothing_else(header, blocks):
     rows=json,
     outputs=json,
     inputs=st.lists(
-        st.fixed_dictionaries({"joined": st.tuples(st.sampled_from(NUMBERS), st.lists(json))})
-        | st.fixed_dictionaries({"members": st.lists(json, max_size=3)})
+        st.fixed_dictionaries(
+            {"joined": st.tuples(st.sampled_from(NUMBERS), st.lists(json, max_size=3))}
+        )
+        | st.fixed_dictionaries({"members": st.lists(json, max_size=3)}),
+        max_size=3,
     ),
     blocks=st.integers(0, 4),
 )

@@ -284,6 +284,7 @@ def run(options):
         signal.pause()
 
 command.run = run  # the real one takes longer to get as far
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may be around the tests
 sys.exit(command.main(sys.argv[1:]))
 """
     with subprocess.Popen(
