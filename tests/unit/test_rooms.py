@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("configs", "deployments", "cluster")
@@ -60,19 +63,44 @@ def test_configs_imports_nothing_of_deployments() -> None:
             assert not {i for i in imports(name, path, known) if not i.startswith("configs")}
 
 
-def _loaded(statement: str) -> list[str]:
-    code = f"{statement}\nimport sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    loaded: list[str] = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+STATEMENTS = {
+    "router": "import deployments.app, deployments.router",
+    "runtime": "import deployments.instance",
+}
+
+
+@pytest.fixture(scope="module")
+def interpreters() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All at once, since what they import takes them seconds."""
+    tell = "import sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", f"{statement}\n{tell}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for name, statement in STATEMENTS.items()
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+def _loaded(process: subprocess.Popen[str]) -> list[str]:
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    loaded: list[str] = ast.literal_eval(output.strip().splitlines()[-1])
     return loaded
 
 
-def test_the_routers_imports_do_not_bring_torch() -> None:
-    assert _loaded("import deployments.app, deployments.router") == ["numpy"]
+def test_the_routers_imports_do_not_bring_torch(
+    interpreters: dict[str, subprocess.Popen[str]],
+) -> None:
+    assert _loaded(interpreters["router"]) == ["numpy"]
 
 
-def test_control_a_runtime_brings_torch() -> None:
-    assert _loaded("import deployments.instance") == ["torch", "numpy"]
+def test_control_a_runtime_brings_torch(interpreters: dict[str, subprocess.Popen[str]]) -> None:
+    assert _loaded(interpreters["runtime"]) == ["torch", "numpy"]
