@@ -13,6 +13,7 @@ from math import prod
 from . import ragged
 from .errors import ConfigError
 from .model import ModelConfig, ModelInput, ModelOutput
+from .warmup import check_warmup
 
 PLATFORMS = ("pytorch_libtorch", "torch_aoti", "torch_export")
 BACKEND = "pytorch"
@@ -295,6 +296,7 @@ _CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
     _file_names,
     _files_by_capability,
     ragged.check,
+    check_warmup,
 )
 # What holds whatever the model will add.
 _PARTIAL: tuple[Callable[[ModelConfig], None], ...] = (

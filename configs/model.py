@@ -111,6 +111,30 @@ class Optimization(_Frozen):
     output_pinned_memory: PinnedMemoryBuffer | None = None
 
 
+class WarmupInput(_Frozen):
+    """One of the last three is given, whatever its value: where the data comes from.
+
+    `dims` are those of one row, in the client's view. `input_data_file` lies in the model's
+    `warmup` folder.
+    """
+
+    data_type: str = "TYPE_INVALID"
+    dims: tuple[int, ...] = ()
+    zero_data: bool | None = None
+    random_data: bool | None = None
+    input_data_file: str | None = None
+
+
+class ModelWarmup(_Frozen):
+    """A sample that each instance runs before the model is ready: `batch_size` requests of one
+    row in a batch, `count` times (0 is once)."""
+
+    name: str = ""
+    batch_size: int = 0
+    inputs: dict[str, WarmupInput] = {}
+    count: int = 0
+
+
 class ModelConfig(_Frozen):
     """`parameters` holds each parameter's string_value.
 
@@ -133,6 +157,7 @@ class ModelConfig(_Frozen):
     cc_model_filenames: dict[str, str] = {}
     dynamic_batching: DynamicBatching | None = None
     parameters: dict[str, str] = {}
+    model_warmup: tuple[ModelWarmup, ...] = ()
     open_batch: bool = Field(False, exclude=True)
 
     @property

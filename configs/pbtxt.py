@@ -26,12 +26,14 @@ from .model import (
     ModelConfig,
     ModelInput,
     ModelOutput,
+    ModelWarmup,
     Optimization,
     PinnedMemoryBuffer,
     Reshape,
     VersionPolicy,
+    WarmupInput,
 )
-from .refusals import unsupported
+from .refusals import shared_state, unsupported
 
 logger = logging.getLogger("manta.configs")
 
@@ -60,7 +62,7 @@ def examine(
         _parse_text(_without_alias(text, file), proto)
     except ConfigError as error:
         return None, [locate(error, text, file)]
-    found = [*unsupported(proto), *_misnamed(proto, directory_name)]
+    found = [*unsupported(proto), *shared_state(proto), *_misnamed(proto, directory_name)]
     proto.name = directory_name
     config = from_proto(proto)
     if partial and "max_batch_size" not in _top_level(text):
@@ -216,6 +218,15 @@ def from_proto(proto: Any) -> ModelConfig:
         if proto.HasField("dynamic_batching")
         else None,
         parameters={key: value.string_value for key, value in proto.parameters.items()},
+        model_warmup=tuple(
+            ModelWarmup(
+                name=w.name,
+                batch_size=w.batch_size,
+                inputs={name: _warmup_input(w.inputs[name]) for name in w.inputs},
+                count=w.count,
+            )
+            for w in proto.model_warmup
+        ),
     )
 
 
@@ -229,6 +240,15 @@ def _version_policy(proto: Any) -> VersionPolicy | None:
         case "specific":
             return VersionPolicy(specific=tuple(policy.specific.versions))
     return None
+
+
+def _warmup_input(proto: Any) -> WarmupInput:
+    source = proto.WhichOneof("input_data_type")
+    return WarmupInput(
+        data_type=pb.DataType.Name(proto.data_type),
+        dims=tuple(proto.dims),
+        **({} if source is None else {source: getattr(proto, source)}),
+    )
 
 
 def _reshape(tensor: Any) -> Reshape | None:
@@ -286,9 +306,14 @@ def _restore_numbers(data: dict[str, Any], descriptor: Descriptor) -> None:
     """protobuf's JSON writes 64-bit integers as strings; Triton's writes numbers."""
     for field in descriptor.fields:
         value = data.get(field.name)
-        if value is None or (field.message_type and field.message_type.GetOptions().map_entry):
-            continue  # no supported map holds a 64-bit integer
-        if field.message_type is not None:
+        if value is None:
+            continue
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            inner = field.message_type.fields_by_name["value"].message_type
+            if inner is not None:
+                for child in value.values():
+                    _restore_numbers(child, inner)
+        elif field.message_type is not None:
             for child in value if isinstance(value, list) else [value]:
                 _restore_numbers(child, field.message_type)
         elif field.cpp_type in _WIDE:

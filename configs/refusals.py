@@ -50,7 +50,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("model_operations", "libraries of custom operations are not supported"),
     Refusal("model_repository_agents", "repository agents are not supported"),
     Refusal("model_transaction_policy.decoupled", "decoupled models are not supported"),
-    Refusal("model_warmup", "warmup is not supported"),
     Refusal("optimization.cuda", _IGNORED),
     Refusal("optimization.eager_batching", _IGNORED),
     Refusal("optimization.execution_accelerators", _IGNORED),
@@ -68,6 +67,18 @@ def unsupported(proto: Message) -> Iterator[ConfigError]:
     for refusal in REFUSALS:
         for path in _occurrences(proto, refusal.path.split("."), "", refusal.when_empty):
             yield ConfigError(refusal.reason, field=path)
+
+
+def shared_state(proto: Message) -> Iterator[ConfigError]:
+    """Sharing runs several instances over one module: never for a model that keeps state between
+    requests, whether or not sequences as such are supported."""
+    key = "ENABLE_WEIGHT_SHARING"
+    given = proto.parameters[key].string_value if key in proto.parameters else ""  # type: ignore[attr-defined]
+    if given.lower() in ("true", "on", "1") and proto.HasField("sequence_batching"):
+        yield ConfigError(
+            f"{key}: a model that keeps state between requests cannot share its weights",
+            field=f'parameters["{key}"]',
+        )
 
 
 def _occurrences(

@@ -22,6 +22,7 @@ from configs.server import ServerSettings
 from . import applications
 from .applications import BindModel
 from .catalogue import Catalogue
+from .census import Census, census
 from .errors import ControlDisabled, ShuttingDown, Unavailable
 from .followers import Followers
 from .lifecycle import Lifecycle
@@ -197,6 +198,9 @@ class Controller:
             for _, generation in self._catalogue.generations()
             for report in generation.reports.values()
         ]
+
+    async def census(self) -> Census:
+        return census()
 
     # --- the command line ------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from .types import Batch, BatchReply
 
 logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica's log file
 
-How: TypeAlias = Literal["", "singly", "halves"]
+How: TypeAlias = Literal["", "singly", "halves", "whole"]
 
 
 class SendAgain(Exception):

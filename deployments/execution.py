@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from configs.model import ModelConfig, ModelInput
-from configs.parameters import ModelParameters
 
 from . import runtimes
 from .desk import How, SendAgain
@@ -31,32 +30,32 @@ logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica'
 
 
 class Execution:
-    """`stream`: the instance's own on CUDA. `trying` is called at the start of every try."""
+    """`stream`: the instance's own on CUDA. `trying` is called at the start of every try,
+    `clean` at its end."""
 
     def __init__(
         self,
         name: str,
         runtime: runtimes.Runtime,
         config: ModelConfig,
-        parameters: ModelParameters,
-        kind: str,
         stream: torch.cuda.Stream | None,
         trying: Callable[[], None],
+        clean: Callable[[], None] | None = None,
     ) -> None:
         self._name = name
         self._runtime = runtime
         self._config = config
-        self._parameters = parameters
-        self._kind = kind
         self._stream = stream
         self._trying = trying
         self._ragged = ragged.of(config)
         objects = runtime.signature.objects
         self._decode = text.decode_objects if objects else text.decode_strings
+        self._clean = clean
 
     def run(self, batch: Batch, how: How) -> tuple[Part, ...]:
         """Raises FatalDeviceError, and SendAgain for joined inputs that a failed run may have
-        changed: sent once more in pieces, `how` says in which the members are run."""
+        changed: sent once more in pieces, `how` says in which the members are run. Or "whole": one
+        that fails is not run again in pieces, unless it needs more memory than there is."""
         stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with stream:
             return tuple(self._run_members(batch, how))
@@ -68,10 +67,12 @@ class Execution:
         if how == "singly":
             return self._singly(batch, members)
         if self._config.max_batch_size > 0:
-            return self._attempt(batch, members)
+            return self._attempt(batch, members, whole=how == "whole")
         return [part for k in members for part in self._attempt(batch, (k,))]
 
-    def _attempt(self, batch: Batch, members: tuple[int, ...], last: bool = False) -> list[Part]:
+    def _attempt(
+        self, batch: Batch, members: tuple[int, ...], last: bool = False, whole: bool = False
+    ) -> list[Part]:
         """`last`: this is the second try, of one member, and the error is its own."""
         try:
             return self._run_once(batch, members)
@@ -84,6 +85,8 @@ class Execution:
         error.__traceback__ = None
         error.__cause__ = error.__context__ = None
         self._raise_if_fatal(error)
+        if self._clean is not None:
+            self._clean()
         # The run may have changed what it was given; of a joined input there is no other copy.
         on_host = self._runtime.device.type == "cpu"
         spoiled = on_host and any(one is not None for one in batch.joined)
@@ -96,7 +99,7 @@ class Execution:
             # The host has no cache to empty, and a member alone no other copy than it was given.
             if not last and not on_host:
                 return self._attempt(batch, members, last=True)
-        if len(members) > 1:
+        if len(members) > 1 and not whole:
             if spoiled:
                 raise SendAgain("singly")
             return self._singly(batch, members)
@@ -135,9 +138,8 @@ class Execution:
         except MantaError as error:  # the same for all members: there is no culprit among them
             outputs, failure = {}, error
         del inputs, values
-        if self._parameters.enable_cache_cleaning and torch.cuda.is_available():
-            if self._kind != "KIND_CPU":
-                torch.cuda.empty_cache()
+        if self._clean is not None:
+            self._clean()
         finished = time.perf_counter_ns()
         part = Part(good, outputs, failure, built - started, ran - built, finished - ran)
         return [part, *bad]

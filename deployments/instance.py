@@ -32,7 +32,7 @@ from .runtimes import settings
 from .runtimes.faults import FatalDeviceError
 from .slots import Slots
 from .types import Batch, BatchReply
-from .weights import Lease, WeightCache, free_device_memory, weight_key
+from .weights import Lease, WeightCache, empty_cache, free_device_memory, weight_key
 
 __all__ = ["FatalDeviceError", "Instance", "Progress"]
 
@@ -61,6 +61,7 @@ class Instance:
     The thread waits for Routers' connections (`attach`) and for what is posted to it at once, so
     that a batch from a connection costs no change of threads. `slots` says how many batches it
     has. `cache` given: the loaded model is shared with the other instances that use the same cache.
+    `clean` empties the device's cache, after each execution where the model asks for that.
     `threads` is the intra-op count for a model that does not give one. `on_fatal` hears, on the
     thread, that the process must end.
     """
@@ -76,11 +77,13 @@ class Instance:
         cache: WeightCache | None = None,
         threads: int | None = None,
         on_fatal: Callable[[FatalDeviceError], None] | None = None,
+        clean: Callable[[], None] = empty_cache,
     ) -> None:
         self.name = name
         self.slots = Slots()
         self.finished_ns = 0
         self.in_force: Mapping[str, str] = {}  # torch's settings, once loading has begun
+        self.cleanings = 0
         self._artifact = artifact
         self._config = config
         self._parameters = parameters
@@ -89,6 +92,7 @@ class Instance:
         self._cache = cache
         self._threads = threads
         self._on_fatal = on_fatal
+        self._empty_cache = clean
         self._runtime_kind = runtime_kind(config, (artifact.name,))
         self._lock = threading.Lock()
         self._poller: Poller | None = None
@@ -169,6 +173,15 @@ class Instance:
     def run(self, batch: Batch) -> BatchReply:
         return self.submit(batch).result()
 
+    def warm(self, batch: Batch) -> BatchReply:
+        """A run that is part of the load: it takes no slot, and however long it takes, it is no
+        hang. It fails as a whole, if it does."""
+        return self._post(lambda: self._warm(batch)).result()
+
+    def _warm(self, batch: Batch) -> BatchReply:
+        self._unproven = True  # until it has succeeded
+        return self.execute(batch, "whole")
+
     def attach(self, sock: socket.socket, router_id: str) -> None:
         """Takes over a Router's connection: its batches are read on the instance's own thread."""
         opened = self._post(lambda: self._open(sock, router_id))
@@ -242,14 +255,14 @@ class Instance:
         stream: torch.cuda.Stream | None = None
         if self._kind != "KIND_MODEL" and self._runtime.device.type == "cuda":
             stream = torch.cuda.Stream(self._runtime.device)  # type: ignore[no-untyped-call]
+        cleans = self._parameters.enable_cache_cleaning and self._kind != "KIND_CPU"
         self._execution = Execution(
             self.name,
             self._runtime,
             self._config,
-            self._parameters,
-            self._kind,
             stream,
             self._trying,
+            self._clean if cleans else None,
         )
         self._state = "idle"
 
@@ -307,6 +320,10 @@ class Instance:
             if self._asked_ns is not None:  # a beat that waited behind this batch
                 self._asked_ns = time.monotonic_ns()
             self._state = "idle" if self._fatal is None else "stopped"
+
+    def _clean(self) -> None:
+        self.cleanings += 1
+        self._empty_cache()
 
     def _trying(self) -> None:
         """A batch, or a piece of one that failed, starts: each has the whole limit."""

@@ -106,6 +106,7 @@ class Planner:
             normal = list_gpus(normal, gpus)
             placements = self._place(normal, files, gpus)
             labels = repository.labels(found, normal)
+            repository.warmup_files(found, normal)  # refuses a missing or short one
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.check_artifacts(found, number, normal)

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 
 from ray import get_runtime_context, serve
 
+from configs.complete import runtime_kind
 from configs.errors import ConfigError
 from configs.parameters import log_lines, parse_parameters
 
+from . import warmup
 from .doorway import Doorway
 from .errors import MantaError
 from .repository import Repository
@@ -116,6 +118,12 @@ class ModelReplica:
                 self._config = await asyncio.to_thread(work, _device(spec), spec.kind)
             except ConfigError as error:
                 raise repository.explain(found, error) from None
+        samples = await asyncio.to_thread(
+            warmup.prepare,
+            self._config,
+            runtime_kind(self._config, files),
+            repository.warmup_files(found, self._config).__getitem__,
+        )
         cache = WeightCache() if parameters.enable_weight_sharing else None
         self._instances = [
             Instance(
@@ -132,7 +140,7 @@ class ModelReplica:
             for k in range(spec.instances)
         ]
         results = await asyncio.gather(
-            *(asyncio.to_thread(instance.load) for instance in self._instances),
+            *(asyncio.to_thread(_bring_up, one, samples, spec) for one in self._instances),
             return_exceptions=True,
         )
         errors = [result for result in results if isinstance(result, BaseException)]
@@ -239,6 +247,7 @@ class ModelReplica:
                 "gpu": "" if spec.gpu is None else str(spec.gpu),
                 "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
                 **(self._instances[0].in_force if self._instances else {}),
+                "cache_cleanings": str(sum(one.cleanings for one in self._instances)),
                 **self._traffic(),
                 "cuda_launch_blocking": os.environ.get("CUDA_LAUNCH_BLOCKING", ""),
             },
@@ -319,6 +328,12 @@ def _capability(spec: ReplicaSpec) -> str:
     from .runtimes.devices import compute_capability
 
     return compute_capability(_device(spec))
+
+
+def _bring_up(instance: Instance, samples: tuple[warmup.Sample, ...], spec: ReplicaSpec) -> None:
+    """To where it may be reported: loaded, and all samples run. Blocks."""
+    instance.load()
+    warmup.run(instance, samples, spec.model_name)
 
 
 async def _run_on(instances: Sequence[Instance], batch: Batch) -> BatchReply:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import pbtxt
+from configs import pbtxt, warmup
 from configs.complete import (
     artifact_filename,
     artifact_filenames,
@@ -248,14 +248,32 @@ class Repository:
             labels[output.name] = tuple(data.decode(errors="replace").splitlines())
         return labels
 
+    def warmup_files(self, found: Found, config: ModelConfig) -> Mapping[str, Path]:
+        """Path in the model's folder -> where it is, for the data of warmup samples.
+
+        Raises ConfigError, naming it, for a file that is missing or too short.
+        """
+        files: dict[str, Path] = {}
+        for field, relative, name, given in warmup.data_files(config):
+            path = files[relative] = _contained(Path(found.path), relative)
+            reason = ""
+            if not path.is_file():
+                reason = f"unable to find '{found.name}/{relative}'"
+            elif path.stat().st_size < warmup.size_bytes(given):
+                reason = warmup.too_short(name, given, path.stat().st_size)
+            if reason:
+                raise ConfigError(reason, file=f"{found.name}/{CONFIG}", field=field)
+        return files
+
     def content_hash(self, found: Found, version: int, config: ModelConfig) -> str:
-        """sha256 over config.pbtxt, the sample, the label files, all files of the version directory
-        and those that the configuration names behind a link to a directory."""
+        """sha256 over config.pbtxt, the sample, the files that the configuration names beside them,
+        all files of the version directory, and those that it names behind a link to a directory."""
         total = hashlib.sha256()
         model = Path(found.path)
         folder = self._version_folder(found, version)
-        labels = sorted({o.label_filename for o in config.output if o.label_filename})
-        named = [CONFIG, SAMPLE, *labels]
+        labels = {output.label_filename for output in config.output if output.label_filename}
+        data = {file for _, file, *_ in warmup.data_files(config)}
+        named = [CONFIG, SAMPLE, *sorted(labels | data)]
         files = {config.default_model_filename, *config.cc_model_filenames.values()} - {""}
         artifacts = {os.path.normpath(f"{version}/{name}") for name in files}
         for relative in [*named, *sorted(artifacts.union(_walk(folder, model)))]:

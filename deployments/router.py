@@ -22,6 +22,7 @@ from configs.server import ServerSettings
 
 from . import grpc_stubs
 from .batcher import Batcher, Collect, serve_collect
+from .census import Census, census
 from .client import Origin, Reach
 from .directory import Directory
 from .errors import Internal, MantaError, NoActiveInstance, Unavailable
@@ -295,6 +296,9 @@ class Router:
                 raise RuntimeError("the Router no longer follows the Controller")
         if not self._listener.alive():
             raise RuntimeError("the Router's listener has stopped")
+
+    async def census(self) -> Census:
+        return census()
 
     async def drain(self) -> None:
         """Answer what was accepted and leave the ports; Serve knows nothing of the traffic."""

@@ -120,5 +120,10 @@ class WeightCache:
 def free_device_memory() -> None:
     """Collect cycles first: a module is often part of one, and keeps its blocks until then."""
     gc.collect()
+    empty_cache()
+
+
+def empty_cache() -> None:
+    """The blocks that the allocator keeps go back to the device, where there is one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

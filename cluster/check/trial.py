@@ -1,4 +1,4 @@
-"""Loads a version in a fork of this process, which may crash or hang without harm.
+"""Loads a version and warms it up in a fork of this process, which may crash or hang.
 
 This process has imported torch, has started no thread and has opened no device, so that a fork is
 quick and sound. Called by `verdicts`.
@@ -22,10 +22,11 @@ from typing import IO, Any
 
 import torch
 
+from configs.complete import runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
-from deployments import archives
+from deployments import archives, warmup
 from deployments.errors import MantaError
 from deployments.instance import Instance
 from deployments.planner import available_cpus
@@ -105,15 +106,21 @@ def _try(subject: Subject, cuda: bool) -> list[Any] | str | None:
     artifact, parameters, kind = subject.artifact, subject.parameters, subject.kind
     device = f"cuda:{subject.gpu or 0}" if cuda and kind == "KIND_GPU" else "cpu"
     try:
-        Instance(
-            name=subject.config.name,
+        config = autocomplete.complete(artifact, subject.config, parameters, device, kind)
+        runtime = runtime_kind(config, (artifact.name,))
+        instance = Instance(
+            name=config.name,
             artifact=artifact,
-            config=autocomplete.complete(artifact, subject.config, parameters, device, kind),
+            config=config,
             parameters=parameters,
             device=device,
             kind=kind,
             threads=available_cpus(),
-        ).load()
+        )
+        instance.load()
+        # The planner has looked for the samples' files.
+        samples = warmup.prepare(config, runtime, artifact.parents[1].joinpath)
+        warmup.run(instance, samples, config.name)
     except ConfigError as error:
         return list(error.args)
     except MantaError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from configs import warmup
 from configs.complete import (
     DEFAULT_FILES,
     RuntimeKind,
@@ -225,9 +226,11 @@ class Destination:
         for field in ("runtime", "default_model_filename", "version_policy"):
             message.ClearField(field)
         (staged / CONFIG).write_text(text_format.MessageToString(message))
-        for label in {o.label_filename for o in self.source.config.output if o.label_filename}:
-            (staged / label).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.folder / label, staged / label)
+        files = {o.label_filename for o in self.source.config.output if o.label_filename}
+        files.update(relative for _, relative, *_ in warmup.data_files(self.source.config))
+        for file in files:
+            (staged / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source.folder / file, staged / file)
 
     def warning(self, version: int) -> str:
         """What somebody else has published while `version` was made; "" when nobody has."""

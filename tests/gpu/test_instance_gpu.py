@@ -67,6 +67,36 @@ def test_streams_over_shared_weights(tmp_path):
     assert len(cache) == 0
 
 
+WIDE_USE = """
+import torch
+class Net(torch.nn.Module):
+    def forward(self, x):
+        used = torch.zeros(1 << 24, device=x.device)
+        return x + used[:1]
+"""
+
+
+@pytest.mark.parametrize("kind", ["KIND_GPU", "KIND_MODEL"])
+@pytest.mark.parametrize("cleaning", [True, False])
+def test_cleaning_returns_what_a_run_has_used(tmp_path, cleaning, kind):
+    """64 MB a run stay with the allocator unless the cache is emptied: that is the control."""
+    namespace: dict = {}
+    exec(WIDE_USE, namespace)
+    traced = torch.jit.trace(namespace["Net"]().cuda(), torch.zeros(1, 8, device="cuda:0"))
+    path = models.version_folder(tmp_path) / "model.pt"
+    torch.jit.save(traced, str(path))
+    made = config({"x": (8,)}, {"y": (8,)}, max_batch_size=64)
+    instance = start(path, made, kind=kind, enable_cache_cleaning=cleaning)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        assert instance.run(batch(4)).parts[0].error is None
+    kept = torch.cuda.memory_reserved() - before
+    assert instance.cleanings == (3 if cleaning else 0)
+    assert kept < (1 << 24) if cleaning else kept >= (1 << 26)
+    instance.close()
+
+
 HUNGRY = """
 import torch
 class Net(torch.nn.Module):

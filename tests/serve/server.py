@@ -39,6 +39,7 @@ async def main():
             " loaded error").split()
     status = serve.status().applications
     nodes = ray.nodes()
+    router = serve.get_deployment_handle("Router", "manta")
     print(json.dumps({
         "replicas": [{k: getattr(r, k) for k in keys} for r in reports],
         "running": {
@@ -47,6 +48,9 @@ async def main():
         },
         "resources": [ray.cluster_resources(), ray.available_resources()],
         "nodes": len(nodes),
+        "census": {
+            "Router": await router.census.remote(), "Controller": await handle.census.remote()
+        },
     }))
 asyncio.run(main())
 """

@@ -48,7 +48,7 @@ def test_parameters_are_told_in_the_log_when_a_version_loads(server: Server) -> 
         "'torch.compile' optional parameter(s) for 'eager_mlp': {'disable': True}",
     ):
         assert line in logs
-    assert logs.count("Reusing TorchScript model for instance") == 1
+    assert logs.count("Reusing TorchScript model for instance 'shared_1_") == 1
 
 
 def _maps_torch(pid: int) -> bool:

@@ -104,6 +104,10 @@ def once(config: str | bytes, files: Callable[[Path, str], None], *words: str) -
 
 LABELS = 'data_type: TYPE_FP32 label_filename: "names.txt"'
 X = text("x", "y", EAGER) + UNCOMPILED
+SAMPLE = (
+    'model_warmup { name: "s" batch_size: 2 inputs { key: "x" value '
+    "{ data_type: TYPE_FP32 dims: 4 %s } } }\n"
+)
 BROKEN: dict[str, Broken] = {
     "unknown_field": once(
         'platfrm: "pytorch_libtorch"\n', nothing, "unknown_field/config.pbtxt:1: platfrm"
@@ -224,6 +228,18 @@ BROKEN: dict[str, Broken] = {
     ),
     "crashes": once(
         X, source("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"), "crashes", "SIGSEGV"
+    ),
+    "failing_sample": once(
+        X + SAMPLE % "zero_data: true",
+        source(NET.replace("return self.linear(x)", "raise ValueError('not today')")),
+        "failed to run warmup sample 's': ",
+        "PyTorch execute failure: not today; batch size 2",
+    ),
+    "missing_sample": once(
+        X + SAMPLE % 'input_data_file: "x.raw"',
+        source(NET),
+        "missing_sample/config.pbtxt:7: model_warmup[0]",
+        "unable to find 'missing_sample/warmup/x.raw'",
     ),
     "three_faults": Broken(
         text("a a") + "instance_group { kind: KIND_MODEL gpus: 0 }\nsequence_batching { }\n",

@@ -137,6 +137,7 @@ def test_ours():
         ("torchscript", "NUM_THREADS", "did you mean 'INTRA_OP_THREAD_COUNT'?"),
         ("eager", "INTER_OP_THREAD_COUNT", "did you mean 'NUM_INTEROP_THREADS'?"),
         ("eager", "INFERENCE_MODE", "has no effect on the runtime 'eager'"),
+        ("eager", "ENABLE_WEIGHT_SHARING", "has no effect on the runtime 'eager'"),
         ("aoti", "ENABLE_JIT_PROFILING", "has no effect on the runtime 'aoti'"),
         (
             "torchscript",

@@ -10,7 +10,14 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from configs.complete import normalise
 from configs.errors import ConfigError
-from configs.model import DynamicBatching, InstanceGroup, Reshape, VersionPolicy
+from configs.model import (
+    DynamicBatching,
+    InstanceGroup,
+    ModelWarmup,
+    Reshape,
+    VersionPolicy,
+    WarmupInput,
+)
 from configs.pbtxt import examine, locate, parse, to_json, to_proto
 
 TEXT = """\
@@ -130,6 +137,52 @@ def test_groups_and_files_by_capability_are_shown_as_they_are():
     ]
 
 
+WARMUP = (
+    TEXT
+    + """\
+model_warmup [
+  {
+    name: "zero sample"
+    batch_size: 4
+    inputs { key: "INPUT__0" value { data_type: TYPE_FP32 dims: [ 3, 5 ] zero_data: false } }
+    inputs {
+      key: "INPUT__1" value { data_type: TYPE_INT64 dims: [ 1 ] input_data_file: "raw" }
+    }
+    count: 2
+  },
+  { name: "left out" }
+]
+"""
+)
+
+
+def test_warmup_samples():
+    config = _parse(WARMUP)
+    assert config.model_warmup == (
+        ModelWarmup(
+            name="zero sample",
+            batch_size=4,
+            inputs={
+                "INPUT__0": WarmupInput(data_type="TYPE_FP32", dims=(3, 5), zero_data=False),
+                "INPUT__1": WarmupInput(data_type="TYPE_INT64", dims=(1,), input_data_file="raw"),
+            },
+            count=2,
+        ),
+        ModelWarmup(name="left out"),
+    )
+    assert to_proto(config) == text_format.Parse(WARMUP, pb.ModelConfig())
+    shown = to_json(config)["model_warmup"][0]
+    assert shown["inputs"]["INPUT__0"]["dims"] == [3, 5]
+    assert shown["count"] == 2
+
+
+def test_an_error_in_a_warmup_sample_names_its_line():
+    assert _error(WARMUP.replace("[ 3, 5 ]", "[ 3, -1 ]", 1)).startswith(
+        'm/config.pbtxt:23: model_warmup[0].inputs["INPUT__0"].dims[1]: warmup setting expects all '
+        "variable-size dimensions are specified for input 'INPUT__0'"
+    )
+
+
 def test_name_is_the_directory():
     assert _parse(TEXT.replace('name: "m"\n', "", 1)).name == "m"
     assert _error(TEXT, "other").startswith("other/config.pbtxt:1: name: the name 'm' must")
@@ -174,6 +227,19 @@ def test_alias_of_default_model_filename(caplog):
 )
 def test_errors_name_file_line_and_field(change, to, expected):
     assert _error(TEXT.replace(change, to, 1)).startswith(expected)
+
+
+SHARING = 'parameters { key: "ENABLE_WEIGHT_SHARING" value { string_value: "%s" } }\n'
+
+
+@pytest.mark.parametrize("scheduling", ["sequence_batching { }", "dynamic_batching { }"])
+@pytest.mark.parametrize("value", ["true", "On", "1", "false", "0"])
+def test_weights_are_not_shared_by_a_model_that_keeps_state(scheduling, value):
+    text = TEXT[: TEXT.index("dynamic_batching")] + scheduling + SHARING % value
+    _, errors = examine(text, "m/config.pbtxt", "m")
+    stateful = scheduling.startswith("sequence") and value not in ("false", "0")
+    reason = "a model that keeps state between requests cannot share its weights"
+    assert any(reason in str(error) for error in errors) == stateful
 
 
 def test_long_and_deep_text_gives_a_short_error():

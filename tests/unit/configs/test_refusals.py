@@ -21,6 +21,8 @@ MIRRORS: dict[str, type[BaseModel]] = {
     "output.reshape": model.Reshape,
     "instance_group": model.InstanceGroup,
     "dynamic_batching": model.DynamicBatching,
+    "model_warmup": model.ModelWarmup,
+    "model_warmup.inputs.value": model.WarmupInput,
     "optimization": model.Optimization,
     "optimization.input_pinned_memory": model.PinnedMemoryBuffer,
     "optimization.output_pinned_memory": model.PinnedMemoryBuffer,
@@ -54,7 +56,6 @@ SETTINGS = {
     "model_operations": "model_operations { op_library_filename: 'x.so' }",
     "model_repository_agents": "model_repository_agents { agents { name: 'sum' } }",
     "model_transaction_policy.decoupled": "model_transaction_policy { decoupled: true }",
-    "model_warmup": "model_warmup { name: 'w' }",
     "optimization.cuda": "optimization { cuda { graphs: true } }",
     "optimization.eager_batching": "optimization { eager_batching: true }",
     "optimization.execution_accelerators": (
@@ -79,6 +80,8 @@ def _fields(descriptor, prefix=""):
     for field in descriptor.fields:
         path = prefix + field.name
         yield path
+        if path == "model_warmup.inputs":  # a map: its values are what is mirrored
+            path, field = f"{path}.value", field.message_type.fields_by_name["value"]
         if path in MIRRORS or path in ("model_transaction_policy", "response_cache"):
             yield from _fields(field.message_type, path + ".")
 

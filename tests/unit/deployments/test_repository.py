@@ -231,6 +231,47 @@ def test_labels(root, model):
     assert "output[0].label_filename: unable to find 'm/labels.txt'" in str(caught.value)
 
 
+WARMUP = (
+    CONFIG
+    + """
+model_warmup {
+  batch_size: 1
+  inputs { key: "a" value { data_type: TYPE_FP32 dims: 4 input_data_file: "raw/a" } }
+}
+"""
+)
+
+
+def test_warmup_files(root):
+    model = _model(root, "m", 1, config=WARMUP)
+    repository = Repository([root])
+    found = repository.find("m")
+    config = repository.read_config(found)
+
+    def reason() -> str:
+        with pytest.raises(ConfigError) as caught:
+            repository.warmup_files(found, config)
+        return str(caught.value)
+
+    field = 'm/config.pbtxt: model_warmup[0].inputs["a"].input_data_file: '
+    assert reason() == field + "unable to find 'm/warmup/raw/a'"
+    (model / "warmup" / "raw").mkdir(parents=True)
+    file = model / "warmup" / "raw" / "a"
+    file.write_bytes(bytes(15))
+    assert reason() == field + (
+        "warmup setting expects 16 bytes for input 'a', but the data provided from raw/a only has "
+        "15 bytes"
+    )
+    file.write_bytes(bytes(16))
+    assert repository.warmup_files(found, config) == {"warmup/raw/a": file}
+    before = repository.content_hash(found, 1, config)
+    file.write_bytes(b"other data of 16")
+    assert repository.content_hash(found, 1, config) != before
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+    assert "'m/warmup/raw/a' leads out of the model repository" in reason()
+
+
 def test_content_hash_follows_what_is_served(root, model):
     repository = Repository([root])
     found = repository.find("m")

@@ -142,8 +142,14 @@ def test_while_it_is_made_nobody_takes_it_for_a_version(tmp_path: Path) -> None:
 
 def test_a_model_of_its_own(tmp_path: Path) -> None:
     labels = repositories.MLP.replace("dims: [ 4 ]", 'dims: [ 4 ] label_filename: "labels.txt"')
-    model = repositories.scripted(tmp_path, text=labels + "version_policy { all { } }\n")
+    more = """version_policy { all { } }
+model_warmup { batch_size: 1
+  inputs { key: "x" value { data_type: TYPE_FP32 dims: [ 8 ] input_data_file: "x.raw" } } }
+"""
+    model = repositories.scripted(tmp_path, text=labels + more)
     (model / "labels.txt").write_text("a\nb\nc\nd\n")
+    (model / "warmup").mkdir()
+    (model / "warmup" / "x.raw").write_bytes(bytes(32))
     destination = Destination(source(tmp_path), "fast")
     destination.check()
     assert write(tmp_path, destination) == tmp_path / "fast" / "1"
@@ -154,6 +160,7 @@ def test_a_model_of_its_own(tmp_path: Path) -> None:
     assert (config.platform, config.runtime, config.version_policy) == ("torch_aoti", "", None)
     assert (config.input[0].name, config.output[0].name) == ("x", "y")
     assert (tmp_path / "fast" / "labels.txt").is_file()
+    assert list(repository.warmup_files(repository.find("fast"), config)) == ["warmup/x.raw"]
     with pytest.raises(OptimizeError, match="'fast' exists"):
         destination.check()
     with pytest.raises(OptimizeError, match="path traversal"):
