@@ -39,7 +39,6 @@ async def main():
             " loaded error").split()
     status = serve.status().applications
     nodes = ray.nodes()
-    router = serve.get_deployment_handle("Router", "manta")
     print(json.dumps({
         "replicas": [{k: getattr(r, k) for k in keys} for r in reports],
         "running": {
@@ -48,10 +47,20 @@ async def main():
         },
         "resources": [ray.cluster_resources(), ray.available_resources()],
         "nodes": len(nodes),
-        "census": {
-            "Router": await router.census.remote(), "Controller": await handle.census.remote()
-        },
     }))
+asyncio.run(main())
+"""
+
+CENSUS = """
+import asyncio, json, sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, logging_level="error")
+async def main():
+    found = {}
+    for name in ("Router", "Controller"):
+        found[name] = await serve.get_deployment_handle(name, "manta").census.remote()
+    print(json.dumps(found))
 asyncio.run(main())
 """
 
@@ -148,8 +157,15 @@ class Server:
 
     def peek(self) -> dict[str, Any]:
         """The Controller's replicas and Serve's status, over the Ray API."""
+        return self._ask(PEEK)
+
+    def census(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What the Router and the Controller say that they hold."""
+        return self._ask(CENSUS)
+
+    def _ask(self, script: str) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-c", PEEK, self._ray_address()],
+            [sys.executable, "-c", script, self._ray_address()],
             env={**self._environment, "RAY_AUTH_MODE": "token"},
             capture_output=True,
             text=True,
@@ -157,8 +173,8 @@ class Server:
             cwd=ROOT,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        peeked: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return peeked
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return answer
 
     def _ray_address(self) -> str:
         for process in self.descendants():
