@@ -22,6 +22,7 @@ from deployments.types import Batch, BatchReply
 from deployments.weights import WeightCache
 from tests import models
 from tests.models import config, string_input, string_output
+from tests.structures import MaybeWords
 
 ONE = config({"x": (4,)}, {"y": (4,)})
 
@@ -209,6 +210,17 @@ def test_python_models_of_strings_fail_for_the_culprit_alone(start):
     assert parts[0].error is None and parts[0].outputs["y"].shape == (1, 2)
     assert isinstance(parts[1].error, ExecutionFailed)
     assert isinstance(parts[2].error, InvalidArgument)  # one element where two are wanted
+
+
+def test_strings_may_be_left_out(start):
+    inputs = [*ONE.input, string_input("words").model_copy(update={"optional": True})]
+    instance = start(MaybeWords(), config(inputs, {"y": (4,)}))
+    rows_of = (row(1, 2, 3, 4), row(5, 6, 7, 8))
+    absent = instance.run(Batch((1, 1), (rows_of, (None, None)), ("y",)))
+    assert absent.parts[0].outputs["y"].data.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    words = (encode(b"a"), encode(b"b"))
+    present = instance.run(Batch((1, 1), (rows_of, words), ("y",)))
+    assert present.parts[0].outputs["y"].data.tolist() == [[3, 4, 5, 6], [7, 8, 9, 10]]
 
 
 def test_an_answer_does_not_change_with_the_next_run(start):
