@@ -5,6 +5,7 @@ For TorchScript and eager models, whose result is known only once they ran.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def _walk(result: Any, path: tuple[str | int, ...], name: str) -> object:
                 value = value[step] if step in value else value[str(step)]
             elif isinstance(value, (tuple, list)) and isinstance(step, int):
                 value = value[step]
-            elif isinstance(value, tuple) and step in getattr(value, "_fields", ()):
+            elif step in _fields(value):
                 value = getattr(value, str(step))
             else:
                 raise KeyError(step)
@@ -80,6 +81,15 @@ def _walk(result: Any, path: tuple[str | int, ...], name: str) -> object:
                 f"exist. This model returned {_shape(result)}"
             ) from None
     return value
+
+
+def _fields(value: Any) -> Sequence[str]:
+    """Of a named tuple or a dataclass."""
+    if isinstance(value, tuple):
+        return getattr(value, "_fields", ())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [field.name for field in dataclasses.fields(value)]
+    return ()
 
 
 def _refuse(value: Any, where: str) -> None:

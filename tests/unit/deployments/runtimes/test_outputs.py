@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ from tests.models import config, string_output
 
 T, U = torch.ones(1), torch.zeros(1)
 Pair = namedtuple("Pair", ["first", "second"])
+
+
+@dataclass
+class Holder:
+    inner: torch.Tensor
+
+
 SIGNATURE = Signature((Slot(0, "ARGS[0]", ("ARGS", 0), "x"),))
 
 
@@ -63,6 +71,13 @@ def test_result_reaches_inside():
     assert picked(T, "RESULT") == [T]
     with pytest.raises(InvalidArgument, match=r"returned dict\(a: tuple\(Tensor, list\(Tensor\)\)"):
         picked(result, "RESULT[a][2]")
+
+
+def test_fields_of_named_tuples_and_dataclasses():
+    names = ["RESULT[two][second]", "RESULT[two][0]", "RESULT[three][inner]"]
+    assert picked({"two": Pair(T, U), "three": Holder(U)}, *names) == [U, T, U]
+    with pytest.raises(InvalidArgument, match="refers to an output which doesn't exist"):
+        picked({"three": Holder(U)}, "RESULT[three][__class__]")
 
 
 def test_config_mixing_result_and_plain_names_is_refused():
