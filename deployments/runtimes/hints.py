@@ -23,7 +23,7 @@ _DICTS = (dict, collections.abc.Mapping)
 
 def describe(module: torch.nn.Module) -> Forward:
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = _signature(module.forward).parameters.values()
     except (TypeError, ValueError):
         return Forward((), frozenset(("ARGS", "KWARGS")), by_order=True)
     try:
@@ -46,6 +46,20 @@ def describe(module: torch.nn.Module) -> Forward:
             kind = structure_of(hints.get(one.name))
             arguments.append(Argument(one.name, kind, required, default, only))
     return Forward(tuple(arguments), frozenset(rest), by_order=True)
+
+
+def _signature(forward: Any) -> inspect.Signature:
+    """Of `forward` itself behind torch's decorators, such as no_grad. The author's own may bring
+    arguments along, so that what they take counts."""
+
+    def foreign(function: Any) -> bool:
+        place = str(getattr(function, "__globals__", {}).get("__name__", ""))
+        return place.partition(".")[0] != "torch"
+
+    function = inspect.unwrap(getattr(forward, "__func__", forward), stop=foreign)
+    if inspect.ismethod(forward):
+        function = types.MethodType(function, forward.__self__)
+    return inspect.signature(function, follow_wrapped=False)
 
 
 def structure_of(hint: Any, depth: int = 0) -> Structure:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union  # noqa: UP035
 
@@ -72,6 +73,37 @@ def test_describe():
     ]
     assert found.rest == {"ARGS", "KWARGS"} and found.by_order
     assert found.offers()[-3:] == ["KWARGS[bias][<n>]", "ARGS[..]", "KWARGS[..]"]
+
+
+def brings_one(forward):
+    @functools.wraps(forward)
+    def wrapper(self, *given):
+        return forward(self, *given, torch.ones(1))
+
+    return wrapper
+
+
+class Decorated(torch.nn.Module):
+    @torch.no_grad()
+    def forward(self, x, y=None):
+        return x
+
+
+class Bringing(torch.nn.Module):
+    @torch.no_grad()
+    @brings_one
+    def forward(self, x, y):
+        return x + y
+
+
+def test_decorators():
+    """torch's are looked through; others may bring what forward needs."""
+    assert [(a.name, a.required) for a in describe(Decorated()).arguments] == [
+        ("x", True),
+        ("y", False),
+    ]
+    found = describe(Bringing())
+    assert not found.arguments and found.rest == {"ARGS"}
 
 
 def test_annotations_that_cannot_be_read_are_none():
