@@ -13,6 +13,7 @@ from deployments.errors import ExecutionFailed, InvalidArgument
 from deployments.types import Batch
 from tests import models
 from tests.models import config, string_input
+from tests.ragged import packed, packed_config, told
 
 from .channels import ONE, batch_of, drive, place, rows, whole
 
@@ -57,6 +58,28 @@ async def test_without_batching_members_are_cut_out():
         assert [part.members for part in parts] == [(0,), (1,), (2,)]
         for part, row in zip(parts, rows(3), strict=True):
             np.testing.assert_array_equal(part.outputs["y"].data, row)
+
+
+@drive
+async def test_ragged_members_come_over_the_channel_joined_or_not(tmp_path):
+    """Equal shapes are joined on their way; a culprit among them has them sent once more, apart."""
+    async with place(packed(tmp_path / "packed.py"), packed_config()) as at:
+        client = await at.connect()
+        for shapes in ([(1, 3), (2, 3)], [(1, 3), (2, 5), (1, 0)]):
+            for culprit in (None, 1):
+                x = [np.full(s, -1 if k == culprit else k + 1, "f4") for k, s in enumerate(shapes)]
+                ids = [np.full((s[0], 1), k, "i4") for k, s in enumerate(shapes)]
+                names = ("OUTPUT__0", "OUTPUT__1", "OUTPUT__2")
+                batch = Batch(tuple(s[0] for s in shapes), (tuple(x), tuple(ids)), names)
+                for part in (await client.execute(batch)).parts:
+                    if part.error is not None:
+                        assert part.members == (culprit,)
+                        continue
+                    flat = np.concatenate([x[k].ravel() * 2 for k in part.members])
+                    assert part.outputs["OUTPUT__0"].data.tolist() == flat.tolist()
+                    expected = told([shapes[k] for k in part.members])
+                    assert part.outputs["OUTPUT__1"].data[0].tolist() == expected
+        await client.aclose()
 
 
 # Changes what it is given, and has no memory at its first run.
