@@ -43,7 +43,7 @@ def folder(environment: Mapping[str, str]) -> Path:
     return Path(home) / "manta" / "compiled"
 
 
-def package(path: Path, device: torch.device, where: str) -> Path:
+def package(path: Path, exported_on: str, device: torch.device, where: str) -> Path:
     """The package of a program, compiled unless it is there; takes tens of seconds then. Raises
     ConfigError, which names a compiler that is missing."""
     try:
@@ -57,7 +57,7 @@ def package(path: Path, device: torch.device, where: str) -> Path:
         if missing := missing_compiler():
             raise ConfigError(f"COMPILE_ON_LOAD needs {missing}", file=where, field=_FIELD)
         done = subprocess.run(
-            [sys.executable, "-m", __name__, str(path), str(kept), str(device)],
+            [sys.executable, "-m", __name__, str(path), str(kept), exported_on, str(device)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *_python_path()])},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -123,22 +123,24 @@ def _alone(kept: Path) -> Iterator[None]:
         yield
 
 
-def _compile(path: Path, kept: Path, device: str) -> None:
+def _compile(path: Path, kept: Path, exported_on: str, device: str) -> None:
     with _alone(kept):
         if kept.is_file():  # another process has been faster
             return
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix="building-") as building:
             made = Path(building) / "model.pt2"
-            _write(path, made, torch.device(device))
+            _write(path, made, exported_on, torch.device(device))
             os.replace(made, kept)
 
 
-def _write(path: Path, made: Path, device: torch.device) -> None:
-    from .exported import on_device
+def _write(path: Path, made: Path, exported_on: str, device: torch.device) -> None:
+    from .exported import moved
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = on_device(torch.export.load(str(path)), device)
+        program = torch.export.load(str(path))
+        if exported_on != device.type:
+            program = moved(program, device)
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(made),
@@ -148,4 +150,4 @@ def _write(path: Path, made: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    _compile(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    _compile(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -142,7 +142,7 @@ def load(
                 file=where,
                 field='parameters["COMPILE_ON_LOAD"]',
             )
-        package = compiling.package(path, target, where)
+        package = compiling.package(path, found.device, target, where)
         return aoti.load(package, config, parameters, device, kind, where)
     try:
         with warnings.catch_warnings():
@@ -150,7 +150,9 @@ def load(
             # Outside inference mode: a program's own buffers must stay ordinary tensors.
             with torch.inference_mode(False), torch.no_grad():
                 loaded = torch.export.load(str(path))
-                module = on_device(loaded, target).module()
+                if found.device != target.type:
+                    loaded = moved(loaded, target)
+                module = loaded.module()
     except Exception as error:
         if faults.is_fatal(error):
             raise
@@ -159,9 +161,8 @@ def load(
     return Exported(module, loaded.call_spec.in_spec, config, found, binding, target)
 
 
-def on_device(loaded: Any, target: torch.device) -> Any:
-    if target.type == "cpu":
-        return loaded
+def moved(loaded: Any, target: torch.device) -> Any:
+    """The program on another device than that on which it was exported."""
     from torch.export.passes import move_to_device_pass
 
     return move_to_device_pass(loaded, str(target))

@@ -45,7 +45,8 @@ _CONSTANTS = ("as_int", "as_float", "as_bool", "as_string")
 class Program:
     """`inputs` and `outputs` are tensors by flattened position; `constants` are the inputs that are
     none, which a program takes as they were when it was exported. `count` is that of all inputs.
-    `document` is the JSON itself; `updates` names the buffers that a run changes."""
+    `document` is the JSON itself; `updates` names the buffers that a run changes, `device` the kind of
+    device that it was exported on."""
 
     signature: Signature
     inputs: Mapping[int, Leaf]
@@ -53,6 +54,7 @@ class Program:
     constants: Mapping[int, object]
     count: int
     updates: tuple[str, ...]
+    device: str
     document: Mapping[str, Any]
 
 
@@ -90,6 +92,7 @@ def _parse(document: dict[str, Any]) -> Program:
     ranges = document["range_constraints"]
     slots = parse_call_spec(call["in_spec"], call["out_spec"])
     inputs: dict[int, Leaf] = {}
+    devices: set[str] = set()
     constants: dict[int, object] = {}
     given = [s for s in signature["input_specs"] if "user_input" in s or "constant_input" in s]
     for position, spec in enumerate(given):
@@ -97,7 +100,9 @@ def _parse(document: dict[str, Any]) -> Program:
             constants[position] = _constant(spec["constant_input"]["value"])
         elif "as_tensor" in spec["user_input"]["arg"]:
             name = spec["user_input"]["arg"]["as_tensor"]["name"]
-            inputs[position] = _leaf(graph["tensor_values"][name], ranges)
+            meta = graph["tensor_values"][name]
+            inputs[position] = _leaf(meta, ranges)
+            devices.add(meta["device"]["type"])
         else:
             kind = next(iter(spec["user_input"]["arg"])).removeprefix("as_")
             raise ConfigError(
@@ -122,6 +127,7 @@ def _parse(document: dict[str, Any]) -> Program:
         constants=constants,
         count=len(given),
         updates=_updates(graph, signature),
+        device="cpu" if devices == {"cpu"} else max(devices),
         document=document,
     )
 

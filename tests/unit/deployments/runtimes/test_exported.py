@@ -294,7 +294,7 @@ def test_who_waits_for_a_compilation_finds_its_package(tmp_path):
     kept = tmp_path / "key.pt2"
     with compiling._alone(kept):
         waiting = threading.Thread(
-            target=compiling._compile, args=(tmp_path / "missing.pt2", kept, "cpu")
+            target=compiling._compile, args=(tmp_path / "missing.pt2", kept, "cpu", "cpu")
         )
         waiting.start()
         waiting.join(0.2)
@@ -304,7 +304,7 @@ def test_who_waits_for_a_compilation_finds_its_package(tmp_path):
     assert kept.read_bytes() == b"made meanwhile"
     kept.unlink()
     with pytest.raises(FileNotFoundError):
-        compiling._compile(tmp_path / "missing.pt2", kept, "cpu")
+        compiling._compile(tmp_path / "missing.pt2", kept, "cpu", "cpu")
 
 
 def test_a_folder_that_others_can_write_to_is_refused(seed, tmp_path, monkeypatch):
