@@ -45,8 +45,8 @@ _CONSTANTS = ("as_int", "as_float", "as_bool", "as_string")
 class Program:
     """`inputs` and `outputs` are tensors by flattened position; `constants` are the inputs that are
     none, which a program takes as they were when it was exported. `count` is that of all inputs.
-    `document` is the JSON itself; `updates` names the buffers that a run changes, `device` the kind of
-    device that it was exported on."""
+    `document` is the JSON itself; `updates` names the buffers that a run changes, `device` is the
+    kind of device that it was exported on."""
 
     signature: Signature
     inputs: Mapping[int, Leaf]

@@ -25,6 +25,20 @@ def test_booleans(text: str, value: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--disable-auto-complete-config"], True),
+        (["--disable-auto-complete-config", "--id=x"], True),
+        (["--disable-auto-complete-config", "false"], False),
+        (["--disable-auto-complete-config=true"], True),
+        (["--strict-model-config=false"], False),
+    ],
+)
+def test_a_switch_may_stand_alone(words: list[str], value: bool) -> None:
+    assert parse(words)["disable_auto_complete_config"] is value
+
+
+@pytest.mark.parametrize(
     ("words", "text"),
     [
         (["--no-such-flag=1"], "unknown option '--no-such-flag'"),

@@ -132,3 +132,22 @@ def test_the_snapshot_tells_what_serves() -> None:
     assert untouched.state is ModelState.UNKNOWN and untouched.application == ""
     assert catalogue.find("manta.m.1.7") is version.current
     assert catalogue.find("manta.m.1.8") is None
+
+
+def test_the_configuration_is_what_the_replicas_have_made_of_it() -> None:
+    whole = CONFIG.model_copy(update={"max_batch_size": 3})
+    one = generation()
+    for replica in "ab":
+        one.note(report(replica, config=whole), 0.0)
+    assert one.config == CONFIG  # as it was planned
+    assert one.settle() == "" and one.config == whole
+    # A replacement that makes something else of it would answer other requests than Routers send.
+    assert one.note(report("b", config=CONFIG), 1.0)
+    assert one.targets() == target("a") and "complete its configuration differently" in one.error()
+
+
+def test_replicas_that_disagree_do_not_load() -> None:
+    one = generation()
+    one.note(report("a"), 0.0)
+    one.note(report("b", config=CONFIG.model_copy(update={"max_batch_size": 3})), 0.0)
+    assert one.complete() and "complete its configuration differently" in one.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 
 import pytest
 
@@ -154,6 +155,40 @@ def test_reads_the_configuration(root, model):
     (model / "config.pbtxt").write_bytes(b"#" * (5 << 20))
     with pytest.raises(ConfigError, match="^m/config.pbtxt: the file is larger than"):
         repository.read_config(found)
+
+
+def test_what_a_model_may_complete_is_missing_only_where_it_must_be_there(root, model):
+    (model / "config.pbtxt").write_text("input { name: 'x' }")
+    repository = Repository([root])
+    found = repository.find("m")
+    partial = repository.read_config(found, partial=True)
+    assert partial.open_batch and partial.input[0].data_type == "TYPE_INVALID"
+    with pytest.raises(
+        ConfigError, match="m/config.pbtxt: output: .* must contain at least one output"
+    ):
+        repository.read_config(found)  # as with --disable-auto-complete-config
+    (model / "config.pbtxt").write_text("max_batch_size: 0 version_policy { latest { } }")
+    assert not repository.read_config(found, partial=True).open_batch
+    assert repository.config_errors(found, partial=True) == []
+
+
+def test_what_a_pt2_is_is_told_by_what_it_holds(root, model):
+    (model / "config.pbtxt").unlink()
+    (model / "1" / "model.pt").unlink()
+    repository = Repository([root])
+    for inside, platform in (
+        ("models/model.json", "torch_export"),
+        ("data/aotinductor/model/a.so", "torch_aoti"),
+    ):
+        with zipfile.ZipFile(model / "1" / "model.pt2", "w") as archive:
+            archive.writestr(f"model/{inside}", "{}")
+        found = repository.find("m")
+        config = repository.read_config(found, partial=True)
+        made = repository.version_config(found, 1, config, has_gpu=False, partial=True)
+        assert (made.platform, made.default_model_filename) == (platform, "model.pt2")
+        stated = config.model_copy(update={"platform": "torch_aoti"})
+        made = repository.version_config(found, 1, stated, has_gpu=False, partial=True)
+        assert made.platform == "torch_aoti"  # somebody has said so; loading it will tell
 
 
 def test_a_missing_configuration_says_what_is_there_and_what_is_missing(root, model):
