@@ -167,7 +167,7 @@ def test_what_a_model_may_complete_is_missing_only_where_it_must_be_there(root, 
         ConfigError, match="m/config.pbtxt: output: .* must contain at least one output"
     ):
         repository.read_config(found)  # as with --disable-auto-complete-config
-    (model / "config.pbtxt").write_text("max_batch_size: 0 version_policy { latest { } }")
+    (model / "config.pbtxt").write_text("max_batch_size: 0 version_policy { all { } }")
     assert not repository.read_config(found, partial=True).open_batch
     assert repository.config_errors(found, partial=True) == []
 
