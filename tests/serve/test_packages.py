@@ -31,7 +31,7 @@ def packages(server: Server, models_root: Path, seed_package: Path) -> Iterator[
     root = models_root
     for name, old, new in (
         ("bad_key", rb"[\"keyA\", \"key2\"]", rb"[\"ke A\", \"key2\"]"),
-        ("bad_type", b"builtins.dict", b"builtins.dick"),
+        ("bad_type", rb'dict", "context": "[\"keyA', rb'dick", "context": "[\"keyA'),
     ):
         rewrite(seed_package, models.version_folder(root, name) / "model.pt2", old, new)
     with warnings.catch_warnings():
