@@ -6,13 +6,16 @@ what the user wrote is configs/offer.py. Called by replicas and by `manta config
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from configs.checks import lacks
 from configs.complete import finish, runtime_kind
-from configs.model import ModelConfig
+from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.offer import Offer, fill
 from configs.parameters import ModelParameters
+
+logger = logging.getLogger("manta.runtimes")
 
 
 def complete(
@@ -25,7 +28,20 @@ def complete(
     offer = None
     if lacks(config) or config.open_batch:
         offer = _offer(artifact, config, device, kind)
-    return finish(config, chosen) if offer is None else fill(config, chosen, offer)
+    made = finish(config, chosen) if offer is None else fill(config, chosen, offer)
+    if offer is not None:
+        inputs, outputs = (", ".join(map(_told, each)) for each in (made.input, made.output))
+        logger.info(
+            "configuration completed from the model: max_batch_size %d, inputs %s, outputs %s",
+            made.max_batch_size,
+            inputs,
+            outputs,
+        )
+    return made
+
+
+def _told(tensor: ModelInput | ModelOutput) -> str:
+    return f"{tensor.name} {tensor.data_type.removeprefix('TYPE_')} {list(tensor.dims)}"
 
 
 def _offer(artifact: Path, config: ModelConfig, device: str, kind: str) -> Offer | None:
