@@ -305,4 +305,5 @@ _PARTIAL: tuple[Callable[[ModelConfig], None], ...] = (
     _versions,
     _groups,
     _file_names,
+    check_warmup,
 )

@@ -50,7 +50,7 @@ def check_warmup(config: ModelConfig) -> None:
     inputs = {tensor.name: tensor for tensor in config.input}
     limit = max(1, config.max_batch_size)
     for path, sample in samples(config):
-        if sample.batch_size > limit:
+        if sample.batch_size > limit and not config.open_batch:
             raise ConfigError(
                 f"batch size {sample.batch_size} of warmup sample '{sample.name}' must be at most "
                 f"{limit}",

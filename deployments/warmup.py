@@ -98,7 +98,7 @@ def _sample(
             name=name,
             datatype=dtypes.from_config(given.data_type).wire,
             shape=(*batch, *given.dims),
-            data=_data(name, given, (*batch, *given.dims), random, find),
+            data=data(name, given, (*batch, *given.dims), random, find),
         )
         for name, given in sample.inputs.items()
     )
@@ -123,7 +123,7 @@ def _batch(row: Work, size: int) -> Batch:
 # --- a sample's data -----------------------------------------------------------------------------
 
 
-def _data(
+def data(
     name: str,
     given: WarmupInput,
     shape: tuple[int, ...],

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs import dtypes
+from configs import dtypes, warmup
 from configs.errors import ConfigError
 from configs.model import ModelConfig
+from deployments import warmup as warming
 from deployments.repository import SAMPLE
 from deployments.types import Array
 
@@ -72,7 +73,25 @@ def value(array: Array, where: str = SAMPLE) -> Value:
     return tensor
 
 
-def from_config(config: ModelConfig) -> dict[str, Value] | None:
+def from_warmup(config: ModelConfig, artifact: Path, batched: bool) -> dict[str, Value] | None:
+    """The first sample of `model_warmup`, None where there is none of tensors."""
+    model = artifact.parent.parent
+    random = np.random.default_rng(0)
+    for _, found in warmup.samples(config):
+        values: dict[str, Value] = {}
+        for name, given in found.inputs.items():
+            kind = dtypes.from_config(given.data_type)
+            if kind.torch is None:
+                return None
+            row = warming.data(name, given, given.dims, random, model.joinpath)
+            rows = np.stack([row] * _ROWS) if batched else row
+            tensor = torch.from_numpy(rows.view(np.int16) if kind.wire == "BF16" else rows)
+            values[name] = tensor.view(getattr(torch, kind.torch))
+        return values or None
+    return None
+
+
+def from_config(config: ModelConfig, batched: bool) -> dict[str, Value] | None:
     """Zeros as the configured inputs are, None where they do not say enough."""
     values: dict[str, Value] = {}
     for tensor in config.input:
@@ -80,7 +99,7 @@ def from_config(config: ModelConfig) -> dict[str, Value] | None:
             return None
         if min(tensor.model_dims, default=1) < 0:
             return None
-        rows: tuple[int, ...] = (_ROWS,) if config.max_batch_size else ()
+        rows: tuple[int, ...] = (_ROWS,) if batched else ()
         dtype: Any = getattr(torch, str(dtypes.from_config(tensor.data_type).torch))
         values[tensor.name] = torch.zeros(rows + tensor.model_dims, dtype=dtype)
     return values or None

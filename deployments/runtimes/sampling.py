@@ -32,11 +32,35 @@ def offer(path: Path, config: ModelConfig, device: str, kind: str) -> Offer:
     where = place(path, config)
     module, inputs_at = torchscript.read(path, config.name, device, kind, where)
     signature = schema.describe(module, config.name, schema.named_fields(path))
-    values, source = _sample(path, config, signature)
+    failure: ConfigError | None = None
+    for values, source in _samples(path, config, signature):
+        try:
+            return _try(module, inputs_at, signature, config, values, source)
+        except ConfigError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    takes = ", ".join(f"{one.name} ({one.structure.text})" for one in signature.called.arguments)
+    raise ConfigError(
+        f"forward takes {takes}, and TorchScript does not tell datatypes and dims: write them in "
+        f"config.pbtxt, or put a sample of the inputs beside it as {SAMPLE} (numpy.savez)",
+        file=where,
+    )
+
+
+def _try(
+    module: Any,
+    inputs_at: torch.device,
+    signature: Signature,
+    config: ModelConfig,
+    values: Mapping[str, Value],
+    source: str,
+) -> Offer:
+    """What one sample tells; raises ConfigError where the model does not run on it."""
     inputs = tuple(ModelInput(name=name, data_type=_type(value)) for name, value in values.items())
+    probe = config.model_copy(update={"input": inputs, "output": ()})
     try:
-        slots = bind_inputs(config.model_copy(update={"input": inputs}), signature)
-        probe = config.model_copy(update={"input": inputs, "output": ()})
+        slots = bind_inputs(probe, signature)
         arrange = Arrangement(probe, Binding(slots, ()), signature.called)
     except ConfigError as error:
         raise ConfigError(error.reason, file=source) from None
@@ -69,24 +93,24 @@ def offer(path: Path, config: ModelConfig, device: str, kind: str) -> Offer:
     )
 
 
-def _sample(
+def _samples(
     path: Path, config: ModelConfig, signature: Signature
-) -> tuple[Mapping[str, Value], str]:
-    """Values by input name, and what errors call their source."""
-    arguments = [one.name for one in signature.called.arguments]
+) -> Iterator[tuple[Mapping[str, Value], str]]:
+    """Values by input name, and what errors call their source: the file, or else what the
+    configuration says. Where that does not say whether there are batches, both ways."""
+    where = place(path, config)
     found = sample.read(path, config.name)
     if found is not None:
-        where, arrays = found
-        return sample.named(arrays, arguments, where), where
-    zeros = sample.from_config(config)
-    if zeros is not None:
-        return zeros, f"{place(path, config)} on zeros as its inputs are configured"
-    takes = ", ".join(f"{one.name} ({one.structure.text})" for one in signature.called.arguments)
-    raise ConfigError(
-        f"forward takes {takes}, and TorchScript does not tell datatypes and dims: write them in "
-        f"config.pbtxt, or put a sample of the inputs beside it as {SAMPLE} (numpy.savez)",
-        file=place(path, config),
-    )
+        source, arrays = found
+        arguments = [one.name for one in signature.called.arguments]
+        yield sample.named(arrays, arguments, source), source
+        return
+    for batched in (True, False) if config.open_batch else (config.max_batch_size > 0,):
+        warm = sample.from_warmup(config, path, batched)
+        if warm is not None:
+            yield warm, f"{where} on the sample of model_warmup"
+        elif (zeros := sample.from_config(config, batched)) is not None:
+            yield zeros, f"{where} on zeros as its inputs are configured"
 
 
 def _results(result: Any, at: tuple[str | int, ...] = ("RESULT",)) -> Iterator[Result]:

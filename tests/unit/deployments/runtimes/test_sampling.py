@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.model import ModelConfig, ModelInput, ModelOutput
+from configs.model import ModelConfig, ModelInput, ModelOutput, ModelWarmup, WarmupInput
 from configs.parameters import ModelParameters
 from deployments import runtimes
 from deployments.runtimes import autocomplete
@@ -118,6 +118,24 @@ def test_outputs_alone_need_no_sample(tmp_path):
     known = ModelInput(name="x", data_type="TYPE_INT32", dims=(3,))
     given = BARE.model_copy(update={"input": (known,), "max_batch_size": 8, "open_batch": False})
     assert read(complete(path, given).output) == [("OUTPUT__0", "TYPE_INT32", (3,), False)]
+
+
+def warm(dims, batch_size=1, **fields):
+    given = WarmupInput(data_type="TYPE_FP32", dims=dims, random_data=True)
+    sample = ModelWarmup(name="w", batch_size=batch_size, inputs={"a": given, "b": given})
+    return BARE.model_copy(update={"model_warmup": (sample,), **fields})
+
+
+def test_the_sample_of_a_warmup_will_do(tmp_path):
+    path = saved(models.add_sub(), tmp_path)
+    config = complete(path, warm((4,), 3))
+    assert config.max_batch_size == 4
+    assert read(config.input) == [(name, "TYPE_FP32", (4,), False) for name in "ab"]
+    config = complete(path, warm((2, 4), max_batch_size=0, open_batch=False))
+    assert config.max_batch_size == 0  # rows may be put together, but nobody wants batches
+    assert read(config.input) == [(name, "TYPE_FP32", (-1, 4), False) for name in "ab"]
+    with pytest.raises(ConfigError, match="on the sample of model_warmup: the model does not run"):
+        complete(path, warm((3,)))
 
 
 def test_without_a_sample_it_says_what_is_missing(tmp_path):
