@@ -18,6 +18,7 @@ from .warmup import check_warmup
 PLATFORMS = ("pytorch_libtorch", "torch_aoti", "torch_export")
 BACKEND = "pytorch"
 PYTHON_RUNTIME = "model.py"
+PYTHON_BACKEND = "python"  # Triton's, whose model.py holds a TritonPythonModel
 TENSORS_ONLY = ("aoti", "exported")  # runtime kinds that cannot do with strings
 
 
@@ -59,11 +60,20 @@ def tensors(config: ModelConfig) -> Iterator[tuple[str, str, ModelInput | ModelO
 def _engine(config: ModelConfig) -> None:
     if config.platform == "ensemble":
         raise ConfigError("ensembles are not supported", field="platform")
-    if config.backend not in ("", BACKEND):
+    if config.backend not in ("", BACKEND, PYTHON_BACKEND):
         raise ConfigError(
-            f"backend '{config.backend}' is not supported; this server has '{BACKEND}'",
+            f"backend '{config.backend}' is not supported; this server has '{BACKEND}' and "
+            f"'{PYTHON_BACKEND}'",
             field="backend",
         )
+    if config.backend == PYTHON_BACKEND:
+        for field in ("platform", "runtime"):
+            if value := getattr(config, field):
+                raise ConfigError(
+                    f"{field} '{value}' does not go with backend '{PYTHON_BACKEND}'; leave it out",
+                    field=field,
+                )
+        return
     if config.platform and config.platform not in PLATFORMS:
         known = ", ".join(f"'{platform}'" for platform in PLATFORMS)
         raise ConfigError(

@@ -21,13 +21,14 @@ from .model import (
     VersionPolicy,
 )
 
-RuntimeKind: TypeAlias = Literal["torchscript", "aoti", "eager", "exported"]
+RuntimeKind: TypeAlias = Literal["torchscript", "aoti", "eager", "exported", "python"]
 
 DEFAULT_FILES: dict[RuntimeKind, str] = {
     "torchscript": "model.pt",
     "aoti": "model.pt2",
     "eager": checks.PYTHON_RUNTIME,
     "exported": "model.pt2",
+    "python": "model.py",
 }
 _BY_PLATFORM: dict[str, RuntimeKind] = {"torch_aoti": "aoti", "torch_export": "exported"}
 DEFAULT_MAX_BATCH_SIZE = 4  # as Triton's default-max-batch-size, for a batch without a bound
@@ -82,6 +83,8 @@ def runtime_kind(config: ModelConfig, version_files: Collection[str] = ()) -> Ru
     `runtime: "model.py"` falls back to a TorchScript model.pt where there is no model.py, so
     that only with `version_files` the answer is exact for it.
     """
+    if config.backend == checks.PYTHON_BACKEND:
+        return "python"
     if config.runtime == checks.PYTHON_RUNTIME:
         script = artifact_filename(config, version_files).endswith(".py")
         return "eager" if script else "torchscript"
@@ -100,6 +103,8 @@ def artifact_filename(
         return config.cc_model_filenames[capability]
     if config.default_model_filename:
         return config.default_model_filename
+    if config.backend == checks.PYTHON_BACKEND:
+        return DEFAULT_FILES["python"]
     if config.runtime == checks.PYTHON_RUNTIME:
         script = DEFAULT_FILES["eager"]
         fallback = DEFAULT_FILES["torchscript"]
@@ -136,6 +141,8 @@ def of_version(config: ModelConfig, version_files: Collection[str]) -> ModelConf
     the package: so an optimised version stands beside the one that it was made from. Triton finds
     no file to load there.
     """
+    if config.backend == checks.PYTHON_BACKEND:
+        return config
     package = DEFAULT_FILES["aoti"]
     wanted = artifact_filename(config, version_files)
     own = {wanted, *config.cc_model_filenames.values()}
@@ -175,6 +182,9 @@ def of_content(config: ModelConfig, stated: bool, archive: str) -> ModelConfig:
 def _choose_engine(config: ModelConfig, files: Collection[str]) -> ModelConfig:
     backend, platform, runtime = config.backend, config.platform, config.runtime
     filename = config.default_model_filename
+    if backend == checks.PYTHON_BACKEND:
+        default = filename or DEFAULT_FILES["python"]
+        return config.model_copy(update={"default_model_filename": default})
     known_files = (DEFAULT_FILES["torchscript"], DEFAULT_FILES["aoti"])
     if not backend and (runtime or platform in checks.PLATFORMS or filename in known_files):
         backend = checks.BACKEND

@@ -50,6 +50,7 @@ class ModelParameters(BaseModel):
     gpu_fraction: float | None = None
     cpu_fraction: float | None = None
     model_gpus: int | None = None
+    force_cpu_only_input_tensors: bool = True
 
 
 # --- rules: the text of a value -> the value, or ValueError with the reason ---------------------
@@ -127,6 +128,14 @@ def _compile_options(text: str) -> dict[str, Any]:
     return value
 
 
+def _yes(text: str) -> bool:
+    """As Triton's Python backend has it."""
+    known = {"yes": True, "no": False}
+    if text.lower() not in known:
+        raise ValueError(f"'{text}' is neither yes nor no")
+    return known[text.lower()]
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     parse: Callable[[str], Any]
@@ -137,7 +146,8 @@ _SCRIPT: tuple[RuntimeKind, ...] = ("torchscript",)
 _LIBTORCH: tuple[RuntimeKind, ...] = ("torchscript", "aoti", "exported")
 _EAGER: tuple[RuntimeKind, ...] = ("eager",)
 _EXPORTED: tuple[RuntimeKind, ...] = ("exported",)
-_ALL: tuple[RuntimeKind, ...] = ("torchscript", "aoti", "eager", "exported")
+_PYTHON: tuple[RuntimeKind, ...] = ("python",)
+_ALL: tuple[RuntimeKind, ...] = ("torchscript", "aoti", "eager", "exported", "python")
 
 RULES: dict[str, _Rule] = {
     "DISABLE_OPTIMIZED_EXECUTION": _Rule(_bool, _SCRIPT),
@@ -159,6 +169,8 @@ RULES: dict[str, _Rule] = {
     "GPU_FRACTION": _Rule(_gpu_fraction, _ALL),
     "CPU_FRACTION": _Rule(_cpu_fraction, _ALL),
     "MODEL_GPUS": _Rule(_whole_gpus, _ALL),
+    # Inputs come from the Router, in host memory: both values give the model the same.
+    "FORCE_CPU_ONLY_INPUT_TENSORS": _Rule(_yes, _PYTHON),
 }
 
 # Keys that Triton acts on: to pass over them would change what the model does.
@@ -192,11 +204,13 @@ def parse_parameters(
     warnings: list[str] = []
     for key, text in config.parameters.items():
         field = f'parameters["{key}"]'
-        if key in REFUSED:
-            raise ConfigError(REFUSED[key], field=field)
         rule = RULES.get(key)
-        if rule is None or kind not in rule.runtimes:
-            warnings.append(_no_effect(config, key, kind))
+        known = rule is not None and kind in rule.runtimes
+        if key in REFUSED and not known:
+            raise ConfigError(REFUSED[key], field=field)
+        if rule is None or not known:
+            if kind != "python":  # there a model reads parameters of its own
+                warnings.append(_no_effect(config, key, kind))
             continue
         try:
             values[key.lower()] = rule.parse(text)
@@ -274,7 +288,7 @@ def log_lines(
     Thread counts are missing: what torch made of them is said where they are set.
     """
     kind = runtime_kind(config, version_files)
-    describe = _eager_lines if kind == "eager" else _libtorch_lines
+    describe = {"eager": _eager_lines, "python": _no_lines}.get(kind, _libtorch_lines)
     ours = {
         "GPU fraction": parameters.gpu_fraction,
         "CPU fraction": parameters.cpu_fraction,
@@ -282,6 +296,10 @@ def log_lines(
     }
     given = [f"{name} is {value}" for name, value in ours.items() if value is not None]
     return describe(config, parameters) + [f"{line} for model '{config.name}'" for line in given]
+
+
+def _no_lines(config: ModelConfig, parameters: ModelParameters) -> list[str]:
+    return []
 
 
 def _eager_lines(config: ModelConfig, parameters: ModelParameters) -> list[str]:

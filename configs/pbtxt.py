@@ -302,6 +302,16 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return data
 
 
+def from_json(fields: dict[str, Any]) -> ModelConfig:
+    """What `to_json` made, or a part of it. Raises ValueError, in protobuf's words."""
+    proto = pb.ModelConfig()
+    try:
+        json_format.ParseDict(fields, proto)
+    except json_format.ParseError as error:
+        raise ValueError(str(error)) from None
+    return from_proto(proto)
+
+
 def _restore_numbers(data: dict[str, Any], descriptor: Descriptor) -> None:
     """protobuf's JSON writes 64-bit integers as strings; Triton's writes numbers."""
     for field in descriptor.fields:

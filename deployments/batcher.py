@@ -129,8 +129,11 @@ class Batcher:
     def _split(self, group: Group, parts: Sequence[Part], waited_ns: int) -> Outcome:
         lost = Internal(f"the reply of model '{self._model_name}' leaves out this request")
         results: list[MemberResult | MantaError] = [lost] * len(group.members)
-        executions = []
+        executions: list[Execution] = []
         for part in parts:
+            if part.run_rows >= 0:
+                self._take_alone(group, part, waited_ns, results, executions)
+                continue
             start = 0
             pieces = self._scatter.pieces(group, part) if self._scatter is not None else None
             for index in part.members:
@@ -142,6 +145,38 @@ class Batcher:
             if part.error is None:
                 executions.append(Execution(start, part.input_ns, part.infer_ns, part.output_ns))
         return Outcome(results, executions)
+
+    def _take_alone(
+        self,
+        group: Group,
+        part: Part,
+        waited_ns: int,
+        results: list[MemberResult | MantaError],
+        executions: list[Execution],
+    ) -> None:
+        """One member's own answer, of a run that may have had others."""
+        for index in part.members[:1]:
+            entry = group.members[index]
+            missing = [name for name in entry.outputs if name not in part.outputs]
+            if part.error is not None:
+                results[index] = part.error
+            elif missing:
+                results[index] = self._lacks(missing[0])
+            else:
+                results[index] = MemberResult(
+                    {name: part.outputs[name] for name in entry.outputs},
+                    group.released_ns - entry.queued_ns + waited_ns,
+                    part.input_ns,
+                    part.infer_ns,
+                    part.output_ns,
+                )
+        if part.error is None and part.run_rows:
+            executions.append(
+                Execution(part.run_rows, part.input_ns, part.infer_ns, part.output_ns)
+            )
+
+    def _lacks(self, name: str) -> MantaError:
+        return Internal(f"the reply of model '{self._model_name}' lacks output '{name}'")
 
     def _result(
         self,
@@ -160,7 +195,7 @@ class Batcher:
         for name in entry.outputs:
             whole = part.outputs.get(name)
             if whole is None:
-                return Internal(f"the reply of model '{self._model_name}' lacks output '{name}'")
+                return self._lacks(name)
             if pieces is not None and (name, index) in pieces:
                 scattered = scatter_out(name, whole, pieces[name, index])
                 if isinstance(scattered, MantaError):
@@ -188,7 +223,11 @@ def build(group: Group) -> Batch:
     inputs: tuple[tuple[Array | None, ...], ...] = tuple(
         zip(*[entry.inputs for entry in members], strict=True)
     )
-    return Batch(tuple(entry.rows for entry in members), inputs, outputs)
+    rows = tuple(entry.rows for entry in members)
+    if members[0].facts is None:
+        return Batch(rows, inputs, outputs)
+    facts = tuple(entry.facts for entry in members if entry.facts is not None)
+    return Batch(rows, inputs, outputs, facts=facts)
 
 
 def cut(output: OutputArray, start: int, end: int) -> OutputArray:

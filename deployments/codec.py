@@ -36,7 +36,7 @@ from .channel import (
     texted,
 )
 from .errors import Internal, MantaError
-from .types import Array, Batch, BatchReply, OutputArray, Part
+from .types import Array, Batch, BatchReply, OutputArray, Part, RequestFacts
 
 _CACHED_HEADER_BYTES = 4096
 _CACHED_HEADERS = 256
@@ -66,6 +66,7 @@ class _BatchPlan(NamedTuple):
     joined: tuple[_Segment | None, ...]
     members: tuple[tuple[_Segment | None, ...], ...]
     size: int
+    facts: _Segment | None = None
 
 
 class _Outline(NamedTuple):
@@ -94,10 +95,11 @@ class Codec:
             else tuple(None if one is None else (one.dtype, one.shape) for one in members)
             for whole, members in zip(joined, inputs, strict=True)
         )
-        key = (rows, batch.outputs, described)
+        facts = _pack_facts(batch.facts) if batch.facts else b""
+        key = (rows, batch.outputs, described, len(facts))
         outline = self._outlines.get(key)
         if outline is None:
-            outline = _outline_batch(batch, joined)
+            outline = _outline_batch(batch, joined, len(facts))
             _remember(self._outlines, key, outline)
         pieces: list[Piece] = []
         pads = iter(outline.pads)
@@ -109,6 +111,8 @@ class Codec:
                 for one in members:
                     if one is not None:
                         pieces += (one, next(pads))
+        if facts:
+            pieces += (facts, next(pads))
         return Layout(outline.header, pieces, outline.size)
 
     def read_batch(self, header: bytes, payload: Array) -> Batch:
@@ -125,7 +129,8 @@ class Codec:
             tuple(None if one is None else one.of(payload) for one in members)
             for members in plan.members
         )
-        return Batch(plan.rows, inputs, plan.outputs, joined)
+        facts = () if plan.facts is None else _read_facts(plan.facts.of(payload), len(plan.rows))
+        return Batch(plan.rows, inputs, plan.outputs, joined, facts)
 
     def reply(self, reply: BatchReply) -> Layout:
         """Raises Internal for a foreign datatype."""
@@ -163,7 +168,7 @@ class Codec:
         if min(numbers) < 0:
             raise ChannelError("a duration below zero")
         parts = []
-        for at, (members, outputs, error) in enumerate(plan.parts):
+        for at, (members, outputs, error, run_rows) in enumerate(plan.parts):
             made = {
                 name: OutputArray(
                     data.of(payload),
@@ -172,7 +177,8 @@ class Codec:
                 )
                 for name, data, offsets, shape in outputs
             }
-            parts.append(Part(members, made, error, *numbers[1 + 3 * at : 4 + 3 * at]))
+            input_ns, infer_ns, output_ns = numbers[1 + 3 * at : 4 + 3 * at]
+            parts.append(Part(members, made, error, input_ns, infer_ns, output_ns, run_rows))
         return BatchReply(tuple(parts), waited_ns=numbers[0])
 
 
@@ -202,7 +208,7 @@ def _join(
 
 
 def _outline_batch(
-    batch: Batch, joined: Sequence[tuple[np.dtype[Any], tuple[int, ...]] | None]
+    batch: Batch, joined: Sequence[tuple[np.dtype[Any], tuple[int, ...]] | None], facts_bytes: int
 ) -> _Outline:
     described: list[object] = []
     pads = []
@@ -223,7 +229,15 @@ def _outline_batch(
             sizes = [one.nbytes for one in members if one is not None]
         pads += [padding(one) for one in sizes]
         size += sum(aligned(one) for one in sizes)
-    header = {"rows": batch.rows, "outputs": batch.outputs, "inputs": described}
+    header: dict[str, Any] = {
+        "rows": batch.rows,
+        "outputs": batch.outputs,
+        "inputs": described,
+    }
+    if facts_bytes:
+        header["facts"] = facts_bytes
+        pads.append(padding(facts_bytes))
+        size += aligned(facts_bytes)
     return _Outline(_packed(header), tuple(pads), size)
 
 
@@ -254,21 +268,51 @@ def _plan_batch(header: Any) -> _BatchPlan:
                 segments.append(segment)
         joined.append(None)
         members.append(tuple(segments))
-    return _BatchPlan(rows, outputs, tuple(joined), tuple(members), at)
+    facts: _Segment | None = None
+    if "facts" in header:
+        facts, at = _segment("|u1", [header["facts"]], at)
+    return _BatchPlan(rows, outputs, tuple(joined), tuple(members), at, facts)
+
+
+# --- facts: data and no header, since they hardly ever repeat -------------------------------------
+
+
+def _pack_facts(facts: Sequence[RequestFacts]) -> bytes:
+    return orjson.dumps([[one.id, one.parameters, one.outputs, one.chain] for one in facts])
+
+
+def _read_facts(data: Array, count: int) -> tuple[RequestFacts, ...]:
+    def read(described: Any) -> tuple[RequestFacts, ...]:
+        if len(listed(described, MAX_MEMBERS)) != count:
+            raise ValueError(f"facts of {len(described)} among {count} members")
+        return tuple(_facts(one) for one in described)
+
+    return checked(read, data.tobytes())
+
+
+def _facts(described: Any) -> RequestFacts:
+    request_id, parameters, outputs, chain = described
+    return RequestFacts(
+        texted(request_id),
+        texted(parameters),
+        tuple(texted(name) for name in listed(outputs, MAX_MEMBERS)),
+        tuple(texted(name) for name in listed(chain, MAX_MEMBERS)),
+    )
 
 
 # --- replies -------------------------------------------------------------------------------------
 
 
 class _ReplyPlan(NamedTuple):
-    """By part: members, outputs as (name, data, offsets, shape of strings), error. `end`: past the
-    last member."""
+    """By part: members, outputs as (name, data, offsets, shape of strings), error, the run's rows.
+    `end`: past the last member."""
 
     parts: tuple[
         tuple[
             tuple[int, ...],
             tuple[tuple[str, _Segment, _Segment | None, tuple[int, ...] | None], ...],
             MantaError | None,
+            int,
         ],
         ...,
     ]
@@ -278,7 +322,7 @@ class _ReplyPlan(NamedTuple):
 
 
 def _part_key(part: Part) -> Hashable:
-    return part.members, tuple(
+    outputs = tuple(
         (
             name,
             one.data.dtype,
@@ -288,6 +332,7 @@ def _part_key(part: Part) -> Hashable:
         )
         for name, one in part.outputs.items()
     )
+    return part.members, part.run_rows, outputs
 
 
 def _outline_reply(reply: BatchReply) -> _Outline:
@@ -305,7 +350,7 @@ def _outline_reply(reply: BatchReply) -> _Outline:
                     pads.append(padding(array.nbytes))
                     size += aligned(array.nbytes)
         error = None if part.error is None else describe(part.error)
-        described.append([part.members, outputs, error])
+        described.append([part.members, outputs, error, part.run_rows])
     return _Outline(_packed(described), tuple(pads), size)
 
 
@@ -313,7 +358,7 @@ def _plan_reply(header: Any) -> _ReplyPlan:
     described = listed(header, MAX_MEMBERS)
     at = aligned(8 * (1 + 3 * len(described)))
     parts = []
-    for members, outputs, error in described:
+    for members, outputs, error, run_rows in described:
         indices = tuple(counted(one, MAX_MEMBERS) for one in listed(members, MAX_MEMBERS))
         made = []
         for name, dtype, shape, count, strings in listed(outputs, MAX_MEMBERS):
@@ -324,7 +369,9 @@ def _plan_reply(header: Any) -> _ReplyPlan:
                     raise ValueError("offsets of what is no string")
                 offsets, at = _segment("<i8", [counted(count, MAX_PAYLOAD_BYTES)], at)
             made.append((texted(name), data, offsets, _string_shape(strings, count)))
-        parts.append((indices, tuple(made), None if error is None else rebuild(error)))
+        rows = -1 if run_rows == -1 else counted(run_rows, MAX_PAYLOAD_BYTES)
+        failure = None if error is None else rebuild(error)
+        parts.append((indices, tuple(made), failure, rows))
     failed = any(part[2] is not None for part in parts)
     end = max((index + 1 for part in parts for index in part[0]), default=0)
     return _ReplyPlan(tuple(parts), at, failed, end)

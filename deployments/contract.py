@@ -6,15 +6,25 @@ reshape in both directions. Built once per version by the directory; pure, no I/
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from configs import dtypes
+from configs.checks import PYTHON_BACKEND
 from configs.model import ModelConfig, ModelInput, ModelOutput
 
 from .errors import Internal, InvalidArgument, Unsupported
 from .tensors import check_strings, decode_bytes, join_shape
-from .types import Array, InferRequest, OutputArray, ParameterValue, RequestedOutput, Tensor
+from .types import (
+    Array,
+    InferRequest,
+    OutputArray,
+    ParameterValue,
+    RequestedOutput,
+    RequestFacts,
+    Tensor,
+)
 
 Shape = tuple[int, ...]
 
@@ -39,6 +49,7 @@ class Work:
     key: Hashable
     inputs: tuple[Array | None, ...]
     outputs: tuple[str, ...]
+    facts: RequestFacts | None = None
 
 
 class Contract:
@@ -54,6 +65,8 @@ class Contract:
         self._one_shape = self._all_required and all(
             entry.fixed or entry.ragged for entry in self._inputs
         )
+        # Models of the Python backend are handed requests, and not tensors alone.
+        self._tells = config.backend == PYTHON_BACKEND
 
     def admit(self, request: InferRequest) -> Work:
         """Raises InvalidArgument or Unsupported; what it lets through, any batch can take."""
@@ -66,7 +79,8 @@ class Contract:
             arrays = tuple(self._view(entry, tensors[entry.name]) for entry in self._inputs)
         else:
             arrays = self._present_views(tensors)
-        return Work(rows, () if self._one_shape else self._key(tensors), arrays, outputs)
+        facts = _facts(request, outputs) if self._tells else None
+        return Work(rows, () if self._one_shape else self._key(tensors), arrays, outputs, facts)
 
     def answer(
         self, outputs: Iterable[str], results: Mapping[str, OutputArray]
@@ -241,6 +255,11 @@ class _Input:
         return len(shape) == len(self.dims) and all(
             want in (-1, size) for want, size in zip(self.dims, shape, strict=True)
         )
+
+
+def _facts(request: InferRequest, outputs: tuple[str, ...]) -> RequestFacts:
+    parameters = json.dumps(dict(request.parameters)) if request.parameters else "{}"
+    return RequestFacts(request.id, parameters, outputs, request.chain)
 
 
 # --- shared with the edges ------------------------------------------------------------------------

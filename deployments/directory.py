@@ -17,7 +17,7 @@ from .contract import Contract
 from .errors import InvalidArgument, NoAvailableVersion, NotReady, UnknownModel, UnknownVersion
 from .plans import PlanCache
 from .scheduler import Entry
-from .types import Array, ModelState, Snapshot, VersionSnapshot
+from .types import Array, ModelState, RequestFacts, Snapshot, VersionSnapshot
 
 _SERVING = (ModelState.READY, ModelState.LOADING)
 _EMPTY = Snapshot(epoch=0, sequence=0, started=False, ready=False, versions=())
@@ -33,12 +33,18 @@ class Gate(Protocol):
         key: Hashable,
         inputs: tuple[Array | None, ...],
         outputs: tuple[str, ...],
+        facts: RequestFacts | None = None,
     ) -> Entry: ...
 
     def withdraw(self, entry: Entry) -> None: ...
 
     def submit(
-        self, rows: int, key: Hashable, inputs: tuple[Array | None, ...], outputs: tuple[str, ...]
+        self,
+        rows: int,
+        key: Hashable,
+        inputs: tuple[Array | None, ...],
+        outputs: tuple[str, ...],
+        facts: RequestFacts | None = None,
     ) -> Future[Any]: ...
 
 

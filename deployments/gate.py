@@ -22,7 +22,7 @@ from .errors import Internal, MantaError, QueueFull, QueueTimeout
 from .places import Place
 from .scheduler import BatchPolicy, Entry, Group, Scheduler, Wait
 from .statistics import Counters, Reason
-from .types import Array
+from .types import Array, RequestFacts
 
 __all__ = ["Gate", "MemberResult", "Waiter"]
 
@@ -116,6 +116,7 @@ class Gate:
         key: Hashable,
         inputs: tuple[Array | None, ...],
         outputs: tuple[str, ...],
+        facts: RequestFacts | None = None,
     ) -> Entry:
         """Queues a valid request; with a free place and nothing to wait for it starts at once.
 
@@ -126,7 +127,7 @@ class Gate:
         if self._scheduler.full:
             raise QueueFull(self._model_name, self._policy.max_requests)
         now_ns = self._clock()
-        entry = Entry(rows, key, now_ns, inputs, outputs, waiter)
+        entry = Entry(rows, key, now_ns, inputs, outputs, waiter, facts)
         entry.owner = self
         if self._in_order is not None:
             self._in_order.came(entry)
@@ -152,11 +153,12 @@ class Gate:
         key: Hashable,
         inputs: tuple[Array | None, ...],
         outputs: tuple[str, ...],
+        facts: RequestFacts | None = None,
     ) -> asyncio.Future[MemberResult]:
         """As `enqueue`, for those who wait on a future: it fails with a MantaError, and cancelling
         it withdraws the request."""
         reply: asyncio.Future[MemberResult] = asyncio.get_running_loop().create_future()
-        entry = self.enqueue(_FutureWaiter(reply), rows, key, inputs, outputs)
+        entry = self.enqueue(_FutureWaiter(reply), rows, key, inputs, outputs, facts)
         entry.reply = reply
         if entry.waiting:
             reply.add_done_callback(partial(_leave, entry))

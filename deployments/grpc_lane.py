@@ -280,7 +280,9 @@ class Connection(asyncio.Protocol):
         try:
             work = served.contract.admit(request)
             self._outputs = work.outputs
-            self._entry = served.gate.enqueue(self, work.rows, work.key, work.inputs, work.outputs)
+            self._entry = served.gate.enqueue(
+                self, work.rows, work.key, work.inputs, work.outputs, work.facts
+            )
         except MantaError as error:
             raise told(request.id, error) from error
         if parts is not None and parts.raw and served.grpc_plans.seen(parts.key):

@@ -72,7 +72,7 @@ class Call:
         what = self._what
         try:
             return self._served.gate.enqueue(
-                waiter, what.rows, what.key, self._inputs, what.outputs
+                waiter, what.rows, what.key, self._inputs, what.outputs, what.facts
             )
         except MantaError as error:
             raise told(self._request.id, error) from error

@@ -146,12 +146,16 @@ class Inference:
         self.check_open()
         return self._versions.find(name, version)
 
-    def submit(self, request: InferRequest) -> Ticket:
-        """Check a request and queue it. Raises what is wrong with it; never waits."""
-        served = self.find(request.model_name, request.model_version)
+    def submit(self, request: InferRequest, accepted: bool = False) -> Ticket:
+        """Check a request and queue it. Raises what is wrong with it; never waits.
+
+        `accepted`: it belongs to one that is being answered, also while the server ends.
+        """
+        find = self._versions.find if accepted else self.find
+        served = find(request.model_name, request.model_version)
         try:
             work = served.contract.admit(request)
-            future = served.gate.submit(work.rows, work.key, work.inputs, work.outputs)
+            future = served.gate.submit(work.rows, work.key, work.inputs, work.outputs, work.facts)
         except MantaError as error:
             raise told(request.id, error) from error
         return Ticket(request, served, work, future)
@@ -166,8 +170,25 @@ class Inference:
         snapshot = ticket.served.snapshot
         return InferResponse(snapshot.model_name, str(snapshot.version), ticket.request.id, tensors)
 
-    async def infer(self, request: InferRequest) -> InferResponse:
-        ticket = self.submit(request)
+    async def infer_for_model(self, request: InferRequest) -> InferResponse:
+        """For a model that runs, and for those that wait for it.
+
+        Each of them keeps an instance. One that would have to wait for an instance of its own model
+        when all are kept so would wait until its time is over.
+        """
+        name = request.model_name
+        kept = request.chain.count(name)
+        if kept:
+            served = self._versions.find(name, request.model_version)
+            if kept >= sum(target.slots for target in served.snapshot.targets):
+                raise Unavailable(
+                    f"model '{name}' is called by itself ({' -> '.join(request.chain)} -> {name}) "
+                    "and has no instance left that could answer"
+                )
+        return await self.infer(request, accepted=True)
+
+    async def infer(self, request: InferRequest, accepted: bool = False) -> InferResponse:
+        ticket = self.submit(request, accepted)
         try:
             await ticket.future
         except MantaError:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -27,11 +27,13 @@ from . import runtimes
 from .desk import Desk, How
 from .errors import ExecutionFailed, ShuttingDown
 from .execution import Execution
+from .execution_by_request import ExecutionByRequest
+from .pb_utils.calls import Calls, Waiting, Waits
 from .poller import Poller, Work
-from .runtimes import settings
+from .runtimes import python_model, settings
 from .runtimes.faults import FatalDeviceError
 from .slots import Slots
-from .types import Batch, BatchReply
+from .types import Batch, BatchReply, Part
 from .weights import Lease, WeightCache, empty_cache, free_device_memory, weight_key
 
 __all__ = ["FatalDeviceError", "Instance", "Progress"]
@@ -44,6 +46,12 @@ State = Literal["loading", "idle", "running", "stopped"]
 _JOIN_S = 5.0
 # How long answers may take to leave when the instance closes.
 _FLUSH_S = 1.0
+# How long the `finalize` of a model of the Python backend may take.
+_FINALIZE_S = 20.0
+
+
+class Executes(Protocol):
+    def run(self, batch: Batch, how: How) -> tuple[Part, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class Instance:
     that a batch from a connection costs no change of threads. `slots` says how many batches it
     has. `cache` given: the loaded model is shared with the other instances that use the same cache.
     `clean` empties the device's cache, after each execution where the model asks for that.
+    `calls`: how a model of the Python backend reaches other models.
     `threads` is the intra-op count for a model that does not give one. `on_fatal` hears, on the
     thread, that the process must end.
     """
@@ -78,6 +87,7 @@ class Instance:
         threads: int | None = None,
         on_fatal: Callable[[FatalDeviceError], None] | None = None,
         clean: Callable[[], None] = empty_cache,
+        calls: Calls | None = None,
     ) -> None:
         self.name = name
         self.slots = Slots()
@@ -93,13 +103,16 @@ class Instance:
         self._threads = threads
         self._on_fatal = on_fatal
         self._empty_cache = clean
+        self._calls = calls
+        self._waits = Waits()
+        self._python: python_model.PythonModel | None = None
         self._runtime_kind = runtime_kind(config, (artifact.name,))
         self._lock = threading.Lock()
         self._poller: Poller | None = None
         self._thread: threading.Thread | None = None
         self._runtime: runtimes.Runtime | None = None
         self._lease: Lease[runtimes.Runtime] | None = None
-        self._execution: Execution | None = None
+        self._execution: Executes | None = None
         self._state: State = "loading"
         self._running_since_ns: int | None = None
         self._asked_ns: int | None = None
@@ -125,10 +138,13 @@ class Instance:
         if thread is None:
             self._state = "stopped"
         elif thread is not threading.current_thread():
-            thread.join(_JOIN_S)
+            thread.join(_JOIN_S if self._python is None else _FINALIZE_S)
 
     def progress(self) -> Progress:
-        return Progress(self._running_since_ns, self._asked_ns, self._state)
+        since_ns = self._running_since_ns
+        if self._python is not None:
+            since_ns = self._waits.shifted(since_ns)
+        return Progress(since_ns, self._asked_ns, self._state)
 
     def beat(self) -> None:
         """Asks an idle thread to show that it moves; a busy one shows it by what it runs."""
@@ -234,7 +250,7 @@ class Instance:
             sock.close()
 
     def _load(self) -> None:
-        if self._runtime is not None:
+        if self._execution is not None:
             return
         self._state = "loading"
         settings.apply_process(self._parameters, self._runtime_kind)
@@ -242,6 +258,10 @@ class Instance:
         self.in_force = settings.in_force(self._parameters, self._runtime_kind)
         for line in settings.thread_lines(self._config, self._parameters, self.in_force):
             logger.info("%s", line)
+        if self._runtime_kind == "python":
+            self._load_python()
+            self._state = "idle"
+            return
         with self._guard():
             if self._cache is None or not self._artifact.is_file():
                 self._runtime = self._load_runtime()
@@ -266,6 +286,15 @@ class Instance:
         )
         self._state = "idle"
 
+    def _load_python(self) -> None:
+        calls = None if self._calls is None else Waiting(self._calls, self._waits)
+        self._python = python_model.load(
+            self._artifact, self._config, self._device, self._kind, self.name, calls
+        )
+        self._execution = ExecutionByRequest(
+            self.name, self._python, self._config, self._trying, calls
+        )
+
     def _load_runtime(self) -> runtimes.Runtime:
         runtime = runtimes.load(
             self._artifact, self._config, self._parameters, self._device, self._kind
@@ -276,6 +305,9 @@ class Instance:
 
     def _unload(self) -> None:
         self._runtime = self._execution = None
+        if self._python is not None:
+            self._python.finalize()
+            self._python = None
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release()
@@ -329,6 +361,8 @@ class Instance:
         """A batch, or a piece of one that failed, starts: each has the whole limit."""
         if not self._unproven:
             self._running_since_ns = time.monotonic_ns()
+        if self._python is not None:
+            self._waits.begin()
 
 
 def _task(future: Future[T], work: Callable[[], T], done: Work | None) -> Work:

@@ -156,6 +156,8 @@ class Planner:
                 logical_gpus=self._settings.logical_gpus,
                 environment=self._environment,
                 passive=placement.passive,
+                call_limit_s=self._settings.max_queue_s + self._settings.max_execution_s,
+                by_reference_bytes=self._settings.by_reference_min_bytes,
             )
             for placement in plan.placements
         ]

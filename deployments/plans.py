@@ -72,6 +72,7 @@ class Plan:
     """A request but for its tensors' bytes; `request` has no inputs any more."""
 
     __slots__ = ("data_bytes", "heads", "inputs", "key", "outputs", "request", "rows")
+    facts = None  # requests with facts of their own are not planned
 
     def __init__(self, request: InferRequest, work: Work, inputs: tuple[PlannedInput, ...]) -> None:
         self.request = replace(request, inputs=())
@@ -116,8 +117,11 @@ class Plan:
 def plan_of(config: ModelConfig, request: InferRequest, work: Work) -> Plan | None:
     """The plan of an admitted request that brought all its inputs as bytes.
 
-    None where the bytes decide more than values: strings in or out, and inputs without any bytes.
+    None where the bytes decide more than values: strings in or out, and inputs without any bytes;
+    and where the model is told of more than its tensors.
     """
+    if work.facts is not None:
+        return None
     strings = {entry.name for entry in config.output if entry.data_type == "TYPE_STRING"}
     if not strings.isdisjoint(work.outputs):
         return None

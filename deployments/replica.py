@@ -27,6 +27,7 @@ from configs.parameters import log_lines, parse_parameters
 from . import warmup
 from .doorway import Doorway
 from .errors import MantaError
+from .neighbours import Neighbours
 from .repository import Repository
 from .types import Batch, BatchReply, ChannelAddress, ReplicaReport, ReplicaSpec
 
@@ -125,6 +126,11 @@ class ModelReplica:
             repository.warmup_files(found, self._config).__getitem__,
         )
         cache = WeightCache() if parameters.enable_weight_sharing else None
+        calls: Neighbours | None = None
+        if runtime_kind(spec.config, files) == "python":
+            calls = Neighbours(
+                spec.controller_application, spec.call_limit_s, spec.by_reference_bytes
+            )
         self._instances = [
             Instance(
                 name=f"{spec.model_name}_{spec.version}_{spec.deployment}_{k}",
@@ -136,6 +142,7 @@ class ModelReplica:
                 cache=cache,
                 threads=spec.threads,
                 on_fatal=self._end,
+                calls=calls,
             )
             for k in range(spec.instances)
         ]

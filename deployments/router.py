@@ -35,7 +35,7 @@ from .places import Places
 from .scatter import Scatter
 from .scheduler import policy
 from .statistics import Recorder, VersionKey
-from .types import Snapshot, VersionSnapshot
+from .types import InferRequest, InferResponse, Snapshot, VersionSnapshot
 
 logger = logging.getLogger("ray.serve")
 
@@ -274,6 +274,31 @@ class Router:
             return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
         limit_s = self._settings.model_load_timeout_s + ANSWER_S
         await self._ask(lambda: self._controller.control.remote(verb, *args), limit_s)
+
+    # --- models that call models -----------------------------------------------------------------
+
+    async def infer_for_model(self, request: InferRequest) -> InferResponse | MantaError:
+        """For a model that runs: part of a request that was accepted long ago. An error is
+        returned: raised, it would be logged as a failure of the server."""
+        try:
+            return await self._inference.infer_for_model(request)
+        except MantaError as error:
+            return error
+
+    async def control_for_model(self, verb: str, *args: Any) -> Any:
+        """`ready`, `load` and `unload` of `inference`; errors are returned."""
+        inference = self._inference
+        try:
+            match verb:
+                case "ready":
+                    return inference.model_ready(*args)
+                case "load":
+                    return await inference.load(*args)
+                case "unload":
+                    return await inference.unload(*args)
+        except MantaError as error:
+            return error
+        return Internal(f"unknown verb '{verb}'")
 
     async def _ask(self, ask: Callable[[], Awaitable[Any]], limit_s: float) -> Any:
         try:

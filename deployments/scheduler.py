@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 from configs.model import ModelConfig
 
-from .types import Array
+from .types import Array, RequestFacts
 
 # Withdrawn entries stay in the deque until they reach the front; beyond this many more than the
 # living ones, the deque is rebuilt.
@@ -63,9 +63,9 @@ def policy(config: ModelConfig, settings: QueueLimits) -> BatchPolicy:
 class Entry:
     """One waiting request. Only entries with equal `key` may share a batch.
 
-    `inputs` and `outputs` are what the batch call needs; `waiter`, `reply`, `left`, `owner` and
-    `answer` belong to the Gate: none of them is looked at here. `order` and `waiting` belong to
-    the Scheduler.
+    `inputs`, `outputs` and `facts` are what the batch call needs; `waiter`, `reply`, `left`,
+    `owner` and `answer` belong to the Gate: none of them is looked at here. `order` and `waiting`
+    belong to the Scheduler.
     """
 
     rows: int
@@ -74,6 +74,7 @@ class Entry:
     inputs: tuple[Array | None, ...] = ()
     outputs: tuple[str, ...] = ()
     waiter: Any = None
+    facts: RequestFacts | None = None
     reply: Any = None
     left: bool = False
     owner: Any = None

@@ -49,7 +49,10 @@ class RequestedOutput:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """`model_version` "" means the newest ready one; no `outputs` means all of them."""
+    """`model_version` "" means the newest ready one; no `outputs` means all of them.
+
+    `chain` names the models that wait for the answer, outermost first, where a model asks.
+    """
 
     model_name: str
     model_version: str
@@ -57,6 +60,7 @@ class InferRequest:
     inputs: tuple[Tensor, ...]
     outputs: tuple[RequestedOutput, ...] = ()
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,19 @@ class InferResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What a model that is handed whole requests may ask about one of them, beside its inputs.
+
+    `parameters` is a JSON object, `chain` that of InferRequest.
+    """
+
+    id: str = ""
+    parameters: str = "{}"
+    outputs: tuple[str, ...] = ()
+    chain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One execution's worth of requests.
 
@@ -80,13 +97,14 @@ class Batch:
     strings as `Tensor` has them, and after their shape where `ModelInput.carries_shape`), or None
     where an optional input is absent. `outputs` names the config outputs that some member
     wants. Where `joined[i]` is an array, it holds all members' rows of input i one after another,
-    and `inputs[i]` is empty.
+    and `inputs[i]` is empty. `facts` are by member, and empty for models that do not ask for them.
     """
 
     rows: tuple[int, ...]
     inputs: tuple[tuple[Array | None, ...], ...]
     outputs: tuple[str, ...]
     joined: tuple[Array | None, ...] = ()
+    facts: tuple[RequestFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +127,10 @@ class Part:
 
     A batch is one part unless it had to be run again in pieces. Either `outputs` is whole or
     `error` says why not. Durations are those of spec/backend.md §8, per execution.
+
+    `run_rows` is -1 where `outputs` holds the rows of all members one after another. Else this is
+    the answer to one member alone, as it is, and so many rows are counted with it as an execution:
+    all of its run for one of the run's parts, 0 for the others.
     """
 
     members: tuple[int, ...]
@@ -117,6 +139,7 @@ class Part:
     input_ns: int = 0
     infer_ns: int = 0
     output_ns: int = 0
+    run_rows: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +257,8 @@ class ReplicaSpec:
     The artifact is read from `repository`/`model_name`/`version` on the replica's own node and must
     have `content_hash`. `fingerprint` also covers placement and settings: two replicas of equal
     fingerprint do the same. `gpu` is the listed index that the replica makes its only device.
-    A passive one loads, and is never sent a batch.
-    `complete`: the model may add to `config`.
+    A passive one loads, and is never sent a batch. `complete`: the model may add to `config`. The
+    last two are for models that call others: for how long, and what goes by reference.
     """
 
     controller_application: str
@@ -256,3 +279,5 @@ class ReplicaSpec:
     complete: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     passive: bool = False
+    call_limit_s: float = 120.0
+    by_reference_bytes: int = 1 << 20

@@ -25,6 +25,8 @@ def complete(
     contradicts the model. Called for every model unless auto-complete is switched off; a kind that
     has nothing to add to a complete configuration does not touch the artifact."""
     chosen = runtime_kind(config, (artifact.name,))
+    if chosen == "python":
+        return finish(_from_python(artifact, config), chosen)
     offer = None
     if lacks(config) or config.open_batch:
         offer = _offer(artifact, config, device, kind)
@@ -60,3 +62,10 @@ def _offer(artifact: Path, config: ModelConfig, device: str, kind: str) -> Offer
 
             return exported.describe(artifact, place(artifact, config))[1]
     return None
+
+
+def _from_python(artifact: Path, config: ModelConfig) -> ModelConfig:
+    """By the model's own auto_complete_config, which is called whatever the configuration says."""
+    from . import python_model
+
+    return python_model.completed(artifact, config) if python_model.completes(artifact) else config

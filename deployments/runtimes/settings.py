@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ logger = logging.getLogger("manta.runtimes")
 
 
 def apply_process(parameters: ModelParameters, kind: RuntimeKind) -> None:
-    """Switches that are one per process. Unset JIT switches leave torch's own default."""
+    """Switches that are one per process. Unset JIT switches leave torch's own default; a model of
+    the Python backend sets them itself."""
+    if kind == "python":
+        return
     if kind == "eager":
         _set_interop(parameters.num_interop_threads)
         return
@@ -91,7 +94,10 @@ def thread_lines(
 
 
 def guard(parameters: ModelParameters, kind: RuntimeKind) -> AbstractContextManager[Any]:
-    """Around load and every execution: autograd is off either way (§5.2)."""
+    """Around load and every execution: autograd is off either way (§5.2). A model of the Python
+    backend decides for itself."""
+    if kind == "python":
+        return nullcontext()
     if kind == "eager" or parameters.inference_mode:
         return torch.inference_mode()
     return torch.no_grad()

@@ -37,6 +37,16 @@ CASES = [
     ({"platform": "libtorch"}, "platform", "unexpected platform 'libtorch'"),
     ({"platform": "ensemble"}, "platform", "ensembles are not supported"),
     ({"backend": "onnxruntime"}, "backend", "backend 'onnxruntime' is not supported"),
+    (
+        {"backend": "python", "platform": "torch_aoti"},
+        "platform",
+        "platform 'torch_aoti' does not go with backend 'python'",
+    ),
+    (
+        {"backend": "python", "platform": "", "runtime": "model.py"},
+        "runtime",
+        "runtime 'model.py' does not go with backend 'python'",
+    ),
     ({"runtime": "lib.so"}, "runtime", "runtime 'lib.so' is not supported"),
     ({"runtime": "model.py", "platform": "torch_aoti"}, "runtime", "does not run platform"),
     (

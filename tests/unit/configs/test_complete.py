@@ -240,3 +240,13 @@ def test_strings_are_refused_once_the_runtime_is_known():
     for files in ((PT2,),):
         with pytest.raises(ConfigError, match="unsupported datatype TYPE_STRING"):
             _normal(files, input=strings)
+
+
+@pytest.mark.parametrize("filename", ["", "net.py"])
+def test_the_python_backend_has_no_platform_and_a_model_py(filename):
+    config = _normal((PY, PT2), backend="python", default_model_filename=filename)
+    assert (config.backend, config.platform, config.runtime) == ("python", "", "")
+    assert config.default_model_filename == artifact_filename(config) == (filename or PY)
+    assert runtime_kind(config) == "python"
+    assert of_version(config, (PT2,)) == config
+    assert normalise(config, (PY, PT2), False) == config

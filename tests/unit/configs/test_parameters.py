@@ -12,6 +12,7 @@ ENGINES = {
     "torchscript": {"platform": "pytorch_libtorch"},
     "aoti": {"platform": "torch_aoti"},
     "eager": {"runtime": "model.py"},
+    "python": {"backend": "python"},
 }
 
 
@@ -207,3 +208,40 @@ def test_log_lines():
         "Torch parallelism settings for 'm': NUM_THREADS = 1; NUM_INTEROP_THREADS = 1;",
         "'torch.compile' optional parameter(s) for 'm': {'disable': True}",
     ]
+
+
+# --- the Python backend ---------------------------------------------------------------------------
+
+
+def test_a_python_model_has_parameters_of_its_own():
+    parameters, warnings = _parse(
+        "python",
+        threshold="0.5",
+        NUM_THREADS="many",
+        INFERENCE_MODE="perhaps",
+        FORCE_CPU_ONLY_INPUT_TENSORS="no",
+        CPU_FRACTION="0.5",
+    )
+    assert warnings == []
+    assert not parameters.force_cpu_only_input_tensors and parameters.cpu_fraction == 0.5
+    assert _log("python", threshold="0.5") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "reason"),
+    [
+        ("EXECUTION_ENV_PATH", "env.tar.gz", "packed execution environments are not supported"),
+        ("FORCE_CPU_ONLY_INPUT_TENSORS", "maybe", "'maybe' is neither yes nor no"),
+        ("GPU_FRACTION", "2", "at most 1"),
+    ],
+)
+def test_what_a_python_model_cannot_say(key, text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        _parse("python", **{key: text})
+
+
+def test_control_elsewhere_those_are_no_parameters():
+    _, warnings = _parse("torchscript", threshold="0.5")
+    assert "'threshold' of model 'm' is unknown" in warnings[0]
+    with pytest.raises(ConfigError, match="a parameter of the backend 'python'"):
+        _parse("torchscript", FORCE_CPU_ONLY_INPUT_TENSORS="no")

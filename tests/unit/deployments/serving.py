@@ -33,7 +33,7 @@ class LocalGate:
         self.submitted, self.cancelled = [], 0
         self.hold: list | None = None
 
-    def submit(self, rows, key, inputs, outputs):
+    def submit(self, rows, key, inputs, outputs, facts=None):
         self.submitted.append(SimpleNamespace(rows=rows, key=key, inputs=inputs, outputs=outputs))
         if self.model is QueueFull:
             raise QueueFull(self.config.name, 1)

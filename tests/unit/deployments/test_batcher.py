@@ -13,7 +13,7 @@ from deployments.errors import ExecutionFailed, Internal, ReplicaLost, Unsupport
 from deployments.runtimes.strings import encode
 from deployments.scheduler import BatchPolicy, Entry, Group
 from deployments.tensors import decode_bytes
-from deployments.types import BatchReply, OutputArray, Part
+from deployments.types import BatchReply, OutputArray, Part, RequestFacts
 
 from .gates import SlotGate
 from .virtual_time import run, settle
@@ -65,6 +65,29 @@ def answers(outcome) -> list[MemberResult]:
 
 
 # --- the batch --------------------------------------------------------------
+
+
+def test_facts_go_along_where_members_have_them():
+    first, second = member(), member()
+    assert build_batch(group_of(first, second)).facts == ()
+    first.facts, second.facts = RequestFacts("a"), RequestFacts("b")
+    assert build_batch(group_of(first, second)).facts == (first.facts, second.facts)
+
+
+def test_answers_of_their_own_are_whole_and_counted_as_one_execution():
+    wide = OutputArray(np.zeros((7, 4)))
+    parts = (
+        Part((0,), {"y": wide}, None, 1, 2, 3, run_rows=4),
+        Part((1,), {}, ExecutionFailed("no"), 1, 2, 3, run_rows=0),
+        Part((2,), {"y": wide}, None, 1, 2, 3, run_rows=0),
+        Part((3,), {}, None, 1, 2, 3, run_rows=0),
+    )
+    outcome = outcome_of(group_of(*[member() for _ in parts]), BatchReply(parts))
+    first, failed, third, lacking = outcome.results
+    assert isinstance(first, MemberResult) and first.outputs["y"] is wide
+    assert isinstance(third, MemberResult) and third.infer_ns == 2
+    assert isinstance(failed, ExecutionFailed) and isinstance(lacking, Internal)
+    assert outcome.executions == [Execution(4, 1, 2, 3)]
 
 
 def test_build_orders_by_input_and_then_by_member():

@@ -14,7 +14,7 @@ from configs.dtypes import DATATYPES
 from deployments.channel import ALIGNMENT, ChannelError, Layout
 from deployments.codec import Codec
 from deployments.errors import ExecutionFailed, Internal, InvalidArgument
-from deployments.types import Batch, BatchReply, OutputArray, Part
+from deployments.types import Batch, BatchReply, OutputArray, Part, RequestFacts
 
 NUMBERS = sorted({str(one.numpy) for one in DATATYPES if one.numpy})
 
@@ -292,3 +292,39 @@ def test_nearly_good_headers_raise_nothing_else(rows, outputs, inputs, blocks):
         {"rows": [1, 2], "outputs": [], "inputs": inputs},
     ):
         only_channel_errors(orjson.dumps(header), bytes(64 * blocks))
+
+
+# --- what a model of the Python backend is told, and answers -------------------------------------
+
+
+def test_facts_travel_with_their_members_and_are_remembered_by_nobody():
+    codec = Codec()
+    for number in range(3):
+        facts = tuple(
+            RequestFacts(f"{number}{k}", '{"n": 1}', ("y",), ("a", "b")) for k in range(2)
+        )
+        members = (made("<f4", 1, 3), made("<f4", 1, 3))
+        back = sent(Batch((1, 1), (members,), ("y",), facts=facts), codec)
+        assert back.facts == facts
+    plain = sent(Batch((1, 1), (members,), ("y",)), codec)
+    assert plain.facts == ()
+
+
+@pytest.mark.parametrize("facts", [b"[]", b"[[1, 2, 3, 4]]", b'[["a", "{}"]]', b"nonsense", b"{}"])
+def test_bad_facts_are_not_let_in(facts):
+    layout = Codec().batch(Batch((1,), ((made("<f4", 1, 3),),), ("y",)))
+    header = orjson.loads(layout.header) | {"facts": len(facts)}
+    data = np.frombuffer(facts.ljust(ALIGNMENT * -(-len(facts) // ALIGNMENT), b"\0"), np.uint8)
+    payload = np.concatenate((payload_of(layout), data))
+    with pytest.raises(ChannelError):
+        Codec().read_batch(orjson.dumps(header), payload)
+
+
+def test_answers_of_one_run_keep_its_rows_and_the_shape_of_strings():
+    wire = np.frombuffer(b"\1\0\0\0a\1\0\0\0b", np.uint8)
+    words = OutputArray(wire, np.array([0, 5, 10]), (1, 2))
+    reply = BatchReply((Part((0,), {"y": words}, run_rows=3), Part((1,), {"y": words}, run_rows=0)))
+    layout = Codec().reply(reply)
+    back = Codec().read_reply(layout.header, payload_of(layout), 2)
+    assert [part.run_rows for part in back.parts] == [3, 0]
+    assert back.parts[0].outputs["y"].shape == (1, 2)
