@@ -39,6 +39,8 @@ NO_SHARED_MEMORY = (
 )
 # Known to the protocol, and a request that sets one would otherwise be answered as if it had not.
 _NOT_YET = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+# What a request's parameters say to the server, and not to the model.
+_PROTOCOLS = (*_NOT_YET, "binary_data_output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +260,8 @@ class _Input:
 
 
 def _facts(request: InferRequest, outputs: tuple[str, ...]) -> RequestFacts:
-    parameters = json.dumps(dict(request.parameters)) if request.parameters else "{}"
-    return RequestFacts(request.id, parameters, outputs, request.chain)
+    own = {key: value for key, value in request.parameters.items() if key not in _PROTOCOLS}
+    return RequestFacts(request.id, json.dumps(own) if own else "{}", outputs, request.chain)
 
 
 # --- shared with the edges ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
 HEAD = """
 import asyncio
@@ -180,7 +180,8 @@ def write(root: Path) -> None:
     more = HELD + repository.parameter("digits", "3")
     save("reader", READER, repository.config([text], [scores, labels], engine=PYTHON, more=more))
     told = repository.tensor("told", "1", "TYPE_STRING")
-    save("teller", TELLER, repository.config([one], [four, told], engine=PYTHON))
+    two = "dynamic_batching { }\ninstance_group [ { kind: KIND_CPU count: 2 } ]\n"
+    save("teller", TELLER, repository.config([one], [four, told], engine=PYTHON, more=two))
     alone = repository.config(
         [repository.tensor("x", "1")],
         [repository.tensor("y", "1")],
@@ -319,9 +320,22 @@ def test_async_execute_asks_several_models_at_once(client: Any) -> None:
     reply = infer(client, "teller", {"x": x}, request_id="seven", parameters={"depth": 3})
     np.testing.assert_allclose(reply.as_numpy("y"), direct(x) + direct(x * 2), rtol=1e-4, atol=1e-5)
     told = json.loads(reply.as_numpy("told")[0, 0])
-    assert told["id"] == "seven" and told["parameters"]["depth"] == 3
+    assert told["id"] == "seven" and told["parameters"] == {"depth": 3}
     assert told["outputs"] == ["told", "y"]
     assert told["ready"] == [True, False]
+
+
+def test_two_instances_answer_many_at_once(server: Server) -> None:
+    x = rows(24, 8)
+    wanted = direct(x) + direct(x * 2)
+
+    async def run() -> list[Any]:
+        async with aio_client(server, "grpc") as one:
+            calls = [infer_aio(one, "teller", {"x": x[k : k + 1]}) for k in range(len(x))]
+            return await asyncio.gather(*calls)
+
+    for k, reply in enumerate(asyncio.run(run())):
+        np.testing.assert_allclose(reply.as_numpy("y"), wanted[k : k + 1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_request_is_told_what_its_own_client_wants(http: Any) -> None:
@@ -393,5 +407,9 @@ def test_what_does_not_load_says_why(
     assert reason in caught.value.message()
     assert str(models_root) not in caught.value.message()
     assert "vocabulary.txt" in caught.value.message() or name == "packed_python"
-    index = {one["name"]: one for one in http.get_model_repository_index()}
-    assert reason in index[name]["reason"]
+
+    def told() -> bool:  # once the Router has heard of it
+        index = {one["name"]: one.get("reason", "") for one in http.get_model_repository_index()}
+        return reason in index.get(name, "")
+
+    wait_for(told, 30, "the repository index says why")

@@ -204,7 +204,7 @@ def test_control_a_plan_is_not_a_remembered_sight():
 
 def test_a_request_that_tells_more_than_tensors_has_no_plan():
     model = config("m", [tensor("I0", "TYPE_FP32", (1,))], [tensor("O", "TYPE_FP32", (1,))], 8)
-    request = asked(of("I0", "FP32", (1, 1), b"abcd"), parameters={"depth": 2})
+    request = asked(of("I0", "FP32", (1, 1), b"abcd"), parameters={"depth": 2, "timeout": 0})
     assert planned(model, request)[0] is not None  # the control
     plan, work = planned(model.model_copy(update={"backend": "python", "platform": ""}), request)
     assert plan is None and work.facts is not None
