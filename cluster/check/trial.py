@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import os
@@ -69,6 +70,8 @@ def gpu_count() -> int:
 
 
 def load(subject: Subject, limit_s: float) -> Outcome:
+    if subject.artifact.suffix == ".py" or subject.config.platform == "torch_export":
+        _import_compiler()
     started = time.monotonic()
     told, end = fork(lambda: _load(subject), limit_s)
     seconds = time.monotonic() - started
@@ -78,6 +81,12 @@ def load(subject: Subject, limit_s: float) -> Outcome:
     if isinstance(error, list):
         error = ConfigError(*error)
     return Outcome(seconds, error, tuple(told["warnings"]), tuple(told["notes"]))
+
+
+@functools.cache
+def _import_compiler() -> None:
+    """Once here and not in each fork, which would take seconds; compiles nothing."""
+    torch.compile(torch.nn.Identity())
 
 
 # --- in the fork ---------------------------------------------------------------------------------

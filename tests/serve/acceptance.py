@@ -6,8 +6,10 @@ Those in `REFUSED` must not load. Built into the repository of the session's ser
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from tests import models
 from tests.serve.repository import EAGER, config, parameter, tensor, write_config
 
 PYTHON = 'backend: "pytorch"\nruntime: "model.py"'
+EXPORTED = 'backend: "pytorch"\nplatform: "torch_export"'
 AOTI = 'backend: "pytorch"\nplatform: "torch_aoti"'
 X, Y = tensor("x", "2"), tensor("OUTPUT__0", "2")
 
@@ -55,6 +58,25 @@ class Gradient(torch.nn.Module):
         rows = x.size(0)
         on = torch.full((rows, 2), float(torch.is_grad_enabled()))
         return on, torch.full((rows, 2), float(y.is_inference()))
+
+
+class Keywords(torch.nn.Module):
+    """No positional argument, and a result that is no plain dictionary."""
+
+    def forward(self, *, x: torch.Tensor, shift: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        return OrderedDict(sum=x + shift, difference=x - shift)
+
+
+class Times(torch.nn.Module):
+    def forward(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        return x * count
+
+
+class Spare(torch.nn.Module):
+    """Takes a structure beside its tensor, which it does not look at."""
+
+    def forward(self, x: torch.Tensor, spare: Any) -> torch.Tensor:
+        return x * 2
 
 
 OPTIONAL = """
@@ -105,6 +127,14 @@ class Builder:
 
     def eager(self, name: str, source: str, text: str) -> None:
         models.save_eager(source, self._root, name)
+        write_config(self._root, name, text)
+
+    def program(
+        self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, text: str
+    ) -> None:
+        """Exported with one size only: the same call spec as a compiled package has."""
+        exported = torch.export.export(module.eval(), args, kwargs)
+        torch.export.save(exported, models.version_folder(self._root, name) / "model.pt2")
         write_config(self._root, name, text)
 
     def package(self, name: str, text: str) -> None:
@@ -194,6 +224,23 @@ def packages(build: Builder) -> None:
         build.package(name, text)
 
 
+def structures(build: Builder) -> None:
+    x = torch.ones(2)
+
+    def text(inputs: list[str], results: list[str]) -> str:
+        every = [tensor(name, "2") for name in inputs], [tensor(name, "2") for name in results]
+        return config(*every, engine=EXPORTED, max_batch_size=0, more="")
+
+    both = {"x": x, "shift": torch.zeros(2)}  # one tensor for both would be one input
+    keywords = text(["KWARGS[shift]", "KWARGS[x]"], ["RESULT[difference]", "RESULT[sum]"])
+    build.program("a17_keywords", Keywords(), (), both, keywords)
+    only, two = text(["ARGS[0]"], ["RESULT"]), text(["ARGS[0]", "ARGS[1]"], ["RESULT"])
+    build.program("a17_constant", Times(), (x, 3), {}, only)
+    build.program("a17_integer", Times(), (x, 3), {}, two)
+    build.program("a17_empty", Spare(), (x, []), {}, only)
+    build.program("a17_key", Spare(), (x, {"a b": torch.zeros(2)}), {}, two)
+
+
 def files(build: Builder) -> None:
     plain = config([X], [tensor("y", "2")], engine=PYTHON, more=EAGER)
     build.eager("a19_two_classes", TWO, plain)
@@ -231,11 +278,22 @@ BUILDERS: tuple[Callable[[Builder], None], ...] = (
     parameters,
     arguments,
     packages,
+    structures,
     files,
     sequences,
     groups,
 )
-REFUSED = ("a02_gapped", "a12_bool", "a12_int", "a14_needed", "a23_sequence", "a24_state")
+REFUSED = (
+    "a02_gapped",
+    "a12_bool",
+    "a12_int",
+    "a14_needed",
+    "a17_integer",
+    "a17_empty",
+    "a17_key",
+    "a23_sequence",
+    "a24_state",
+)
 
 
 def build(root: Path, seed_package: Path) -> tuple[str, ...]:

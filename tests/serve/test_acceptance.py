@@ -310,6 +310,26 @@ def test_a16_a_wrong_shape_for_a_package_is_a_400_and_no_garbage(client: Any) ->
     np.testing.assert_allclose(reply.as_numpy("OUTPUT__0"), expected, rtol=1e-6)
 
 
+def test_a17_structures_that_no_name_can_reach_are_load_errors(
+    refusals: Mapping[str, str],
+) -> None:
+    """Those of a program and of a package are read by the same code."""
+    assert "a17_empty/1/model.pt2" in refusals["a17_empty"]
+    assert "ARGS[1] is an empty list" in refusals["a17_empty"]
+    assert "key 'a b' of ARGS[1]" in refusals["a17_key"]
+    told = refusals["a17_integer"]
+    assert "configuration expects 2 inputs, model provides 1; it offers ARGS[0]" in told
+
+
+def test_a17_beyond_keywords_alone_ordered_dictionaries_and_constants(client: Any) -> None:
+    x, shift = rows(1, 2, 1)[0], rows(1, 2, 2)[0]
+    reply = infer(client, "a17_keywords", {"KWARGS[x]": x, "KWARGS[shift]": shift})
+    np.testing.assert_array_equal(reply.as_numpy("RESULT[sum]"), x + shift)
+    np.testing.assert_array_equal(reply.as_numpy("RESULT[difference]"), x - shift)
+    reply = infer(client, "a17_constant", {"ARGS[0]": x})  # exported with a count of 3
+    np.testing.assert_array_equal(reply.as_numpy("RESULT"), x * 3)
+
+
 def test_a18_keyword_inputs_also_nested(client: Any) -> None:
     x, shift, by = rows(2, 2, 1), rows(2, 2, 2), rows(2, 2, 3)
     arrays = {"KWARGS[options][scale][by]": by, "ARGS[0]": x, "KWARGS[shift]": shift}
