@@ -58,6 +58,7 @@ $(VENV)/bench: $(VENV)/installed
 
 # Subsets by name: make bench PEERS=triton,kserve MODELS=tiny CONNECTIONS=64 PROTOCOLS=http ROUNDS=3
 # SECONDS=2 MANTA=direct,direct:2 MANTA_ARGS="--flag=value" IDLE=freeze FRESH=1; PEERS=1 is all.
+# RUNTIMES=1 is one network in each runtime.
 bench: install $(VENV)/bench
 	$(BIN)/python benchmarks/bench.py \
 	    $(if $(PEERS),--peers='$(PEERS)') \
@@ -70,6 +71,7 @@ bench: install $(VENV)/bench
 	    $(if $(MANTA),--manta='$(MANTA)') \
 	    $(if $(MANTA_ARGS),--manta-args='$(MANTA_ARGS)') \
 	    $(if $(IDLE),--idle='$(IDLE)') \
+	    $(if $(RUNTIMES),--runtimes) \
 	    $(if $(FRESH),--fresh) $(ARGS)
 
 bench-start: install

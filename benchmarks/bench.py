@@ -3,6 +3,7 @@
     python benchmarks/bench.py [--models tiny,mlp] [--connections 1,64] [--protocols http,grpc]
                                [--rounds 3] [--seconds 1.2] [--manta serve,direct,direct:2]
                                [--peers 1 | --peers triton,kserve] [--manta-args "--flag=value"]
+                               [--runtimes]
 
 Keeps what it has measured and goes on from there; `--fresh` begins anew. `make bench` calls it;
 how it measures and what the columns mean stands in benchmarks/README.md.
@@ -28,6 +29,7 @@ from benchmarks.contestants import Baseline, Contestant, Manta, Stage
 from benchmarks.load import LoadError, Timing
 from benchmarks.models import MODELS, Model
 from benchmarks.peers import PEERS
+from benchmarks.runtimes import RUNTIMES
 from benchmarks.servers import ServerError
 from benchmarks.stand import Plan, say
 from benchmarks.store import Store
@@ -61,28 +63,39 @@ def names_of(known: Sequence[str], text: str) -> list[str]:
     return chosen
 
 
-MODE = re.compile(r"(serve|direct)(?::([1-9]|1[0-6]))?(?:\+(fp32|bf16|fp16))?")
+MODE = re.compile(
+    r"(serve|direct)(?::([1-9]|1[0-6]))?(?:\+(fp32|bf16|fp16)|@(" + "|".join(RUNTIMES) + "))?"
+)
+# What --runtimes measures, where nothing else is asked for: one row for each runtime.
+RUNTIME_DEFAULTS = {
+    "manta": [f"direct@{name}" for name in RUNTIMES],
+    "models": ["mlp"],
+    "connections": [1, 64],
+    "protocols": ["http"],
+}
 
 
-def manta_mode(word: str) -> tuple[str, int, str]:
-    """`direct:2+bf16`: direct batching, two Routers, what `manta optimize` makes of the model."""
+def manta_mode(word: str) -> tuple[str, int, str, str]:
+    """`direct:2+bf16`: direct batching, two Routers, what `manta optimize` makes of the model;
+    `direct@aoti`: the same network as an AOT Inductor package."""
     found = MODE.fullmatch(word)
     if found is None:
         raise argparse.ArgumentTypeError(f"no such mode: {word}")
-    batching, routers, precision = found.groups()
-    return batching, int(routers or 1), precision or ""
+    batching, routers, precision, runtime = found.groups()
+    return batching, int(routers or 1), precision or "", runtime or ""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Manta and other servers under the same load.")
     add = parser.add_argument
-    add("--models", type=lambda text: names_of(list(MODELS), text), default=list(MODELS))
+    add("--models", type=lambda text: names_of(list(MODELS), text), help="by default all")
     add("--connections", type=numbers, default=None, help="by default what suits the model")
-    add("--protocols", type=lambda text: names_of(("http", "grpc"), text), default=["http", "grpc"])
+    add("--protocols", type=lambda text: names_of(("http", "grpc"), text), help="by default both")
     add("--rounds", type=int, default=3)
     add("--seconds", type=float, default=1.2, help="of one run; slow models get more")
     add("--delays", type=numbers, default=None, help="queue delays in us, for all models")
-    add("--manta", type=words, default=["serve", "direct"], help="serve, direct:2, serve+bf16")
+    add("--manta", type=words, help="serve, direct:2, serve+bf16, direct@aoti")
+    add("--runtimes", action="store_true", help="one network in each runtime, and nothing else")
     add("--manta-args", type=shlex.split, default=[], help="more flags for manta serve")
     add("--peers", type=lambda text: names_of(list(PEERS), text), default=[])
     add("--idle", choices=("freeze", "run", "stop"), default="freeze")
@@ -91,6 +104,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--report-only", action="store_true", help="measure nothing, write the report anew")
     add("--output", type=Path, default=ROOT / "benchmarks" / "out")
     options = parser.parse_args(arguments)
+    defaults: dict[str, Any] = {
+        "manta": ["serve", "direct"],
+        "models": list(MODELS),
+        "protocols": ["http", "grpc"],
+    }
+    if options.runtimes:
+        defaults = RUNTIME_DEFAULTS
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if not 0 < options.seconds <= 60 or not 1 <= options.rounds <= 20:
         parser.error("--seconds must lie in (0, 60], --rounds in 1 to 20")
     if not all(1 <= count <= 1024 for count in options.connections or ()):
@@ -180,8 +203,8 @@ def run(options: argparse.Namespace, store: Store) -> None:
                 executors[name] = pick_executor(stage, options.output)
                 store.note("executors", executors)
             ours = [
-                Manta(batching, routers, precision, options.manta_args)
-                for batching, routers, precision in options.manta
+                Manta(batching, routers, precision, runtime, options.manta_args)
+                for batching, routers, precision, runtime in options.manta
             ]
             everyone = [Baseline(executors[name]), *ours, *peers]
             matrix.run_stage(stage, connections, everyone, plan, store)

@@ -6,23 +6,25 @@ baseline are here; the others are in `peers/`. Measures nothing. Used by `matrix
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
-from benchmarks import wire
+from benchmarks import runtimes, servers, wire
 from benchmarks.models import Model
-from benchmarks.servers import Launch, ServerError, free_ports
+from benchmarks.servers import Launch, Server, ServerError, free_ports
 from benchmarks.wire import Request
 
 HERE = Path(__file__).resolve().parent
 MANTA = str(Path(sys.executable).parent / "manta")
 OPTIMIZE_LIMIT_S = 900
+LOADS = 3
 REDUCED_TOLERANCE = 0.1
 
 
@@ -74,6 +76,10 @@ class Contestant:
         """For the report; empty where it goes without saying."""
         return ""
 
+    def loads(self, stage: Stage, server: Server) -> dict[str, float]:
+        """Seconds to load the model again, and to its first answer; none where nobody asks."""
+        return {}
+
 
 class Baseline(Contestant):
     """FastAPI on uvicorn, the model in the same process, one call per request."""
@@ -92,28 +98,33 @@ class Baseline(Contestant):
 
 class Manta(Contestant):
     """`manta serve` in one batching mode, with so many Routers; with `precision` (fp32, bf16 or
-    fp16) it serves what `manta optimize` makes of the model."""
+    fp16) it serves what `manta optimize` makes of the model, with `runtime` the same network as a
+    file of that runtime."""
 
     protocols = ("http", "grpc")
     has_statistics = True
 
     def __init__(
-        self, batching: str, routers: int = 1, precision: str = "", extra: Sequence[str] = ()
+        self,
+        batching: str,
+        routers: int = 1,
+        precision: str = "",
+        runtime: str = "",
+        extra: Sequence[str] = (),
     ) -> None:
         self.batching, self.routers, self.precision = batching, routers, precision
+        self.runtime = runtime
         self.extra = tuple(extra)
         self.name = f"manta-{batching}" + (f"-x{routers}" if routers > 1 else "")
-        self.name += f"-{precision}" if precision else ""
+        self.name += "".join(f"-{one}" for one in (precision, runtime) if one)
         self.tolerance = REDUCED_TOLERANCE if precision in ("bf16", "fp16") else 1e-4
 
     def launch(self, stage: Stage, folder: Path) -> Launch:
         repository = folder / "repository"
         version = repository / stage.model.name / "1"
         version.mkdir(parents=True, exist_ok=True)
-        threads = 'parameters: { key: "INTRA_OP_THREAD_COUNT" value: { string_value: "1" } }\n'
-        config = 'platform: "pytorch_libtorch"\n' + stage.model.config(stage.delay_us) + threads
-        (version.parent / "config.pbtxt").write_text(config)
-        shutil.copy(stage.file, version / "model.pt")
+        engine = runtimes.write(self.runtime or "torchscript", stage.model, stage.file, version)
+        (version.parent / "config.pbtxt").write_text(engine + stage.model.config(stage.delay_us))
         if self.precision:
             self._optimize(repository, stage)
         http_port, grpc_port, metrics_port = free_ports(3)
@@ -121,8 +132,27 @@ class Manta(Contestant):
         command += [f"--model-repository={repository}", f"--batching={self.batching}"]
         command += [f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
         command += [f"--metrics-port={metrics_port}", f"--router-replicas={self.routers}"]
+        if self.runtime:  # to be unloaded and loaded in the end
+            command += ["--model-control-mode=explicit", f"--load-model={stage.model.name}"]
         ports = {"http": http_port, "grpc": grpc_port}
         return Launch(tuple(command) + self.extra, ports, "/v2/health/ready", folder)
+
+    def loads(self, stage: Stage, server: Server) -> dict[str, float]:
+        """By the repository's own calls, so that neither Ray's start nor the first import of torch
+        is in it; what the compiler keeps on disk is there already."""
+        if not self.runtime:
+            return {}
+        path = f"/v2/repository/models/{stage.model.name}"
+        took: list[tuple[float, float]] = []
+        for _ in range(LOADS):
+            servers.post(server, f"{path}/unload")
+            begin = time.monotonic()
+            servers.post(server, f"{path}/load")
+            loaded = time.monotonic()
+            servers.check(server, self.request(stage, "http"), stage.expected, self.tolerance)
+            took.append((loaded - begin, time.monotonic() - loaded))
+        load_s, first_s = (median(values) for values in zip(*took, strict=True))
+        return {"load_s": load_s, "first_answer_s": first_s}
 
     def _optimize(self, repository: Path, stage: Stage) -> None:
         """Writes a next version beside the first, which is then the one that is served."""

@@ -233,6 +233,15 @@ def run_stage(
         for name in by_name:
             if plan.idle != "stop":
                 stand.note_memory(name)
+                note_loads(stand, name, store)
+
+
+def note_loads(stand: Stand, name: str, store: Store) -> None:
+    try:
+        stand.note_loads(name)
+    except ServerError as error:
+        store.problem(f"{stand.stage.name}, load", name, str(error)[-600:])
+        say(f"  {name}: {error}")
 
 
 def _names(wanted: dict[tuple[int, Cell], list[str]]) -> set[str]:

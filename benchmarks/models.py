@@ -18,6 +18,7 @@ from torch.nn import functional
 
 INPUT, OUTPUT = "INPUT__0", "OUTPUT__0"
 VOCABULARY, TOKENS, WIDTH = 1000, 128, 256
+MAX_BATCH = 32
 NUMPY = {"FP32": np.float32, "INT64": np.int64}
 
 
@@ -40,7 +41,7 @@ class Model:
 
     def config(self, delay_us: int) -> str:
         """Its config.pbtxt, for any server that reads one; the backend's line is the caller's."""
-        batch = 32 if self.batched else 1
+        batch = MAX_BATCH if self.batched else 1
         dims = ", ".join(map(str, self.row))
         out = ", ".join(map(str, self.output))
         lines = [
@@ -174,14 +175,20 @@ MODELS = {
 }
 
 
+def network(model: Model) -> nn.Module:
+    """Its weights are the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model.build().eval()
+
+
 def build(model: Model, folder: Path) -> Path:
     """Writes `folder`/<name>.pt and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{model.name}.pt"
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is what is measured, deprecated or not
-        torch.manual_seed(0)
-        torch.jit.script(model.build().eval()).save(str(file))
+        torch.jit.script(network(model)).save(str(file))
     return file
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import pairs, targets
 from benchmarks.matrix import IN_PROCESS, LIMIT_BATCHES, TORCH
+from benchmarks.runtimes import RUNTIMES
 from benchmarks.store import Cell, Run, Store
 from benchmarks.targets import Target, Verdict
 
@@ -180,6 +181,44 @@ def one_request(store: Store) -> list[str]:
     return ["## Where one request goes", "", table([*header, "the rest"], rows), ""]
 
 
+def runtimes(store: Store) -> list[str]:
+    """The same network in each runtime, by what it gives and what it takes."""
+    rows = []
+    for cells in groups(store).values():
+        for cell, name in [(cell, name) for cell in cells for name in contestants(store)]:
+            mode, dash, runtime = name.rpartition("-")
+            runs = store.find(cell, name)
+            if not (dash and runtime in RUNTIMES and runs):
+                continue
+            base = (cell, f"{mode}-{RUNTIMES[0]}")
+            place = f"{cell.model}-{cell.delay_us}us/{name}"
+            rows.append(
+                [
+                    f"{cell.model}, {cell.protocol}, {cell.connections}, {cell.delay_us} us",
+                    runtime,
+                    show([run.rows_per_s for run in runs]),
+                    show(pairs.ratios(store.pairs((cell, name), base)), digits=2),
+                    show([run.p50_us / 1e3 for run in runs], digits=2),
+                    show([run.p99_us / 1e3 for run in runs], digits=2),
+                    *_held(store, place),
+                ]
+            )
+    if not rows:
+        return []
+    header = ["model, connections, delay", "runtime", "requests/s", "x TorchScript", "p50 ms"]
+    header += ["p99 ms", "replica RSS MiB", "PSS MiB", "load s", "first answer s"]
+    return ["## Runtimes: the same network", "", table(header, rows), ""]
+
+
+def _held(store: Store, place: str) -> list[str]:
+    """Memory of the model's replica and what loading took, where they were noted."""
+    entries = [one for one in store.memories.get(place, []) if one["role"] == "replica"]
+    sizes = [f"{sum(one[kind] for one in entries):,.0f}" for kind in ("rss_mib", "pss_mib")]
+    loads = store.noted("loads", {}).get(place, {})
+    times = [f"{loads[kind]:.2f}" if loads else "-" for kind in ("load_s", "first_answer_s")]
+    return [*(sizes if entries else ["-", "-"]), *times]
+
+
 def memory(store: Store) -> list[str]:
     rows = []
     for place, entries in store.memories.items():
@@ -221,5 +260,6 @@ def markdown(store: Store, facts: dict[str, Any]) -> str:
     ]
     lines += judged(store, "Targets", targets.TARGETS)
     lines += judged(store, "Beyond the targets", targets.AIMS)
-    lines += limits(store) + speed(store) + one_request(store) + memory(store) + problems(store)
+    lines += limits(store) + runtimes(store) + speed(store) + one_request(store) + memory(store)
+    lines += problems(store)
     return "\n".join(lines)

@@ -183,6 +183,23 @@ def get(port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
+def post(server: Server, path: str) -> None:
+    """An empty POST to its HTTP port; ServerError with what it says where that is not a 200."""
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", server.launch.ports["http"], timeout=START_LIMIT_S
+    )
+    try:
+        connection.request("POST", path)
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as problem:
+        raise ServerError(f"{server.name}, {path}: {problem!r}") from problem
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise ServerError(f"{server.name}, {path}: status {response.status}: {body[:500]!r}")
+
+
 def check(server: Server, request: Request, expected: np.ndarray, tolerance: float) -> Answer:
     """One request, compared with torch's own answer; ServerError where it is not the same."""
     port = server.launch.ports[request.protocol]

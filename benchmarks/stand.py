@@ -108,6 +108,12 @@ class Stand:
         entries = [asdict(entry) for entry in processes.memory(server.root, one.role)]
         self._store.memory(self.stage.name, name, entries)
 
+    def note_loads(self, name: str) -> None:
+        """Last of all: the server has another replica afterwards. Raises ServerError."""
+        entry = self._everyone[name].loads(self.stage, self.wake(name))
+        if entry:
+            self._store.loads(self.stage.name, name, entry)
+
     def _drop(self, name: str) -> None:
         server = self._servers.pop(name, None)
         if server is not None:

@@ -117,6 +117,11 @@ class Store:
         found: dict[str, list[dict[str, Any]]] = self._document["memory"]
         return found
 
+    def loads(self, stage: str, contestant: str, entry: dict[str, float]) -> None:
+        """Seconds that loading took, and the first answer after it."""
+        self._document.setdefault("loads", {})[f"{stage}/{contestant}"] = entry
+        self.save()
+
     def note(self, name: str, value: Any) -> None:
         self._document[name] = value
         self.save()

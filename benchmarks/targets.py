@@ -32,6 +32,7 @@ class Target:
     delay_us: int = DELAY_US
     their_delay_us: int | None = None  # where it is not the same
     precision: str = ""  # of `manta optimize`; empty: the model as it is
+    runtime: str = ""  # that serves the same network; empty: TorchScript, as everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ TARGETS = (
     Target(("encoder",), (32,), HTTP, (TORCH,), 1.1, None, precision="fp32"),
     Target(("resnet18", "encoder"), (32,), HTTP, (TORCH,), 1.8, None, precision="bf16"),
     Target(("large4", "large20"), (8,), HTTP, ("fastapi",), 0.8, 0.8, delay_us=0),
+    Target(("mlp",), (64,), HTTP, ("manta-direct-torchscript",), None, 1.0, runtime="aoti"),
 )
 # Beyond the targets: NVIDIA's own server on its own ground.
 AIMS = (
@@ -106,7 +108,7 @@ def comparisons(target: Target) -> Iterator[tuple[Cell, Cell, str, str, float]]:
 def judge(store: Store, target: Target) -> list[Verdict]:
     found = []
     for ours, theirs, against, mode, bound in comparisons(target):
-        name = f"manta-{mode}" + (f"-{target.precision}" if target.precision else "")
+        name = "-".join(one for one in ("manta", mode, target.precision, target.runtime) if one)
         together = store.pairs((ours, name), (theirs, against))
         ratio = pairs.spread(pairs.ratios(together, target.value))
         what = f"{ours.model}, {ours.connections}, {ours.protocol}"
@@ -114,6 +116,8 @@ def judge(store: Store, target: Target) -> list[Verdict]:
             what += f", p50, delay {ours.delay_us}"
         if target.precision:
             what += f", optimized {target.precision}"
+        if target.runtime:
+            what += f", {target.runtime}"
         if against == TORCH:
             against = f"{TORCH} at batch {TORCH_BATCH}"
         elif target.their_delay_us is not None:

@@ -7,24 +7,29 @@ import pytest
 from benchmarks import bench
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS
+from benchmarks.runtimes import RUNTIMES
 from benchmarks.targets import DELAY_US
 
 
 def test_defaults():
     options = bench.parse([])
     assert options.models == list(MODELS) and options.peers == []
-    assert options.manta == [("serve", 1, ""), ("direct", 1, "")]
+    assert options.manta == [("serve", 1, "", ""), ("direct", 1, "", "")]
     assert options.rounds >= 3
 
 
 def test_subsets():
     options = bench.parse(
         ["--peers=triton,kserve", "--models=tiny", "--connections=64", "--protocols=grpc"]
-        + ["--manta=direct:2,serve+bf16", "--manta-args=--id=x --max-queue-requests=9"]
+        + ["--manta=direct:2,serve+bf16,direct@aoti", "--manta-args=--id=x --max-queue-requests=9"]
     )
     assert options.peers == ["triton", "kserve"] and options.models == ["tiny"]
     assert options.connections == [64] and options.protocols == ["grpc"]
-    assert options.manta == [("direct", 2, ""), ("serve", 1, "bf16")]
+    assert options.manta == [
+        ("direct", 2, "", ""),
+        ("serve", 1, "bf16", ""),
+        ("direct", 1, "", "aoti"),
+    ]
     assert options.manta_args == ["--id=x", "--max-queue-requests=9"]
 
 
@@ -36,12 +41,26 @@ def test_all_peers_and_none():
 @pytest.mark.parametrize(
     "argument",
     ["--peers=nobody", "--models=big", "--manta=fast", "--manta=direct:0", "--rounds=0"]
-    + ["--seconds=0", "--connections=0", "--manta=serve+int4"],
+    + [
+        "--seconds=0",
+        "--connections=0",
+        "--manta=serve+int4",
+        "--manta=direct@onnx",
+        "--manta=direct+bf16@aoti",
+    ],
 )
 def test_what_there_is_not(argument: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         bench.parse([argument])
     assert "error" in capsys.readouterr().err
+
+
+def test_one_network_in_each_runtime_and_what_is_asked_for_beside_it():
+    options = bench.parse(["--runtimes"])
+    assert [mode[3] for mode in options.manta] == list(RUNTIMES)
+    assert (options.models, options.connections, options.protocols) == (["mlp"], [1, 64], ["http"])
+    chosen = bench.parse(["--runtimes", "--models=encoder", "--connections=8"])
+    assert (chosen.models, chosen.connections) == (["encoder"], [8])
 
 
 def test_one_connection_also_without_delay_where_a_call_is_short():

@@ -133,3 +133,15 @@ def test_manta_serves_the_file_with_the_flags(tmp_path: Path):
     assert (folder / "1" / "model.pt").read_bytes() == b"weights"
     config = (folder / "config.pbtxt").read_text()
     assert "max_queue_delay_microseconds: 7" in config and "max_batch_size: 32" in config
+
+
+def test_a_runtime_is_served_so_that_it_can_be_loaded_again(tmp_path: Path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"weights")
+    one = Stage(MODELS["tiny"], file, 7, np.zeros(1), np.zeros(1))
+    launch = Manta("direct", runtime="eager").launch(one, tmp_path)
+    assert {"--model-control-mode=explicit", "--load-model=tiny"} <= set(launch.command)
+    assert Manta("direct", runtime="eager").name == "manta-direct-eager"
+    assert (tmp_path / "repository" / "tiny" / "1" / "model.py").is_file()
+    plain = Manta("direct").launch(one, tmp_path / "plain")
+    assert not any(word.startswith("--model-control-mode") for word in plain.command)

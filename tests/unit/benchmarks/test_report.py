@@ -73,6 +73,20 @@ def test_the_page(store: Store):
     assert "| tiny | - | 1,000 (1,000 to 1,000) |" in page
 
 
+def test_a_row_for_each_runtime(store: Store):
+    assert report.runtimes(store) == []
+    store.add(run("manta-direct-torchscript", 1, 200))
+    store.add(run("manta-direct-aoti", 1, 300))
+    held = [{"role": "replica", "rss_mib": 90.0, "pss_mib": 40.0}, {"role": "ray", "rss_mib": 1.0}]
+    store.memory("tiny-1000us", "manta-direct-aoti", held)
+    store.loads("tiny-1000us", "manta-direct-aoti", {"load_s": 0.51, "first_answer_s": 0.02})
+    text = "\n".join(report.runtimes(store))
+    assert "| tiny, http, 64, 1000 us | torchscript | 200 (200 to 200) | 1.00 (" in text
+    row = next(line for line in text.splitlines() if "| aoti |" in line)
+    assert "| 1.50 (1.50 to 1.50) |" in row and row.endswith("| 90 | 40 | 0.51 | 0.02 |")
+    assert "| - | - | - | - |" in text  # nothing was noted of the other
+
+
 def test_an_empty_store_makes_a_page_too(tmp_path: Path):
     page = report.markdown(Store(tmp_path / "bench.json", SETTINGS), FACTS)
     assert "0 met, 0 not met" in page

@@ -78,10 +78,19 @@ def test_an_optimized_model_is_a_contestant_of_its_own(tmp_path: Path):
     assert one.ratio is not None and one.ratio.median == 2 and "bf16" in one.what
 
 
+def test_a_runtime_is_a_contestant_of_its_own(tmp_path: Path):
+    store = Store(tmp_path / "bench.json", SETTINGS)
+    store.add(run("manta-direct-aoti", 1, 300))
+    store.add(run("manta-direct-torchscript", 1, 200))
+    given = target(against=("manta-direct-torchscript",), runtime="aoti", serve=None)
+    (one,) = targets.judge(store, given)
+    assert one.ratio is not None and one.ratio.median == 1.5 and one.what.endswith(", aoti")
+
+
 def test_every_target_names_what_there_is():
     for one in (*TARGETS, *AIMS):
         assert set(one.models) <= set(MODELS)
-        assert set(one.against) <= {"fastapi", TORCH, *PEERS}
+        assert set(one.against) <= {"fastapi", TORCH, "manta-direct-torchscript", *PEERS}
         assert any(list(targets.comparisons(one)))
         for model in map(MODELS.__getitem__, one.models):
             assert set(one.connections) <= set(model.connections)
