@@ -60,7 +60,7 @@ def test_the_seed_example(seed_package, rows):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_a15_ordinals_are_the_same_slots_and_mix(seed_package):
+def test_ordinals_are_the_same_slots_and_mix(seed_package):
     values = tensors(3)
     inputs = ["INPUT__5", "ARGS[0]", "INPUT__1", "ARGS[2][keyA]", "INPUT__3", "KWARGS[kwarg1]"]
     mixed = [ordinal if i % 2 else name for i, (name, ordinal) in enumerate(OUTPUTS.items())]
@@ -150,7 +150,7 @@ def test_package_for_another_device(seed_package):
         load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS, device="cuda:0")
 
 
-def test_a17_a_leaf_that_is_no_tensor_is_a_load_error(seed_package):
+def test_a_leaf_that_is_no_tensor_is_a_load_error(seed_package):
     """An int among the sample inputs is a leaf of the spec that the code does not take."""
     runtime = load(seed_package, [*INPUTS, "INPUT__5"], OUTPUTS)
     seven = Signature(tuple(Slot(i, f"INPUT__{i}") for i in range(7)), closed=True)

@@ -27,14 +27,14 @@ def test_bare_and_one_element_results():
     assert [s.name for s in one.outputs or ()] == ["RESULT[0]"]
 
 
-def test_a17_keywords_alone_and_ordered_dictionaries():
+def test_keywords_alone_and_ordered_dictionaries():
     ordered = node("collections.OrderedDict", LEAF, LEAF, keys=["z", "a"])
     made = spec([], node("builtins.dict", LEAF, keys=["k"]), result=ordered)
     assert [s.name for s in made.inputs or ()] == ["KWARGS[k]"]
     assert [s.name for s in made.outputs or ()] == ["RESULT[z]", "RESULT[a]"]
 
 
-def test_a18_nested_keywords_keep_their_order():
+def test_nested_keywords_keep_their_order():
     inner = node("builtins.dict", LEAF, LEAF, keys=["z", "a"])
     made = spec([LEAF], node("builtins.dict", inner, LEAF, keys=["k2", "k1"]))
     assert [s.name for s in made.inputs or ()] == [
@@ -59,7 +59,7 @@ def test_a18_nested_keywords_keep_their_order():
         ([node("builtins.dict", LEAF, keys=["a", "b"])], "2 keys and 1 values"),
     ],
 )
-def test_a17_structures_that_are_refused(arguments, text):
+def test_structures_that_are_refused(arguments, text):
     with pytest.raises(ConfigError, match="failed to parse input call spec: .*" + text):
         spec(arguments)
 

@@ -44,7 +44,7 @@ def load(path, inputs, outputs, kind="KIND_CPU", **options):
     return runtimes.load(path, made, parameters, "cpu", kind)
 
 
-def test_a20_without_weights(tmp_path):
+def test_without_weights(tmp_path):
     runtime = load(models.save_eager(SCALE, tmp_path), *ONE)
     assert torch.equal(runtime.run([A])[0], A * 2)
 
@@ -134,7 +134,7 @@ def test_wrong_weights(tmp_path, state, text):
     assert caught.value.args[1] == "model/1/model.pt"
 
 
-def test_a19_alphabetically_first_class_of_the_file(tmp_path):
+def test_alphabetically_first_class_of_the_file(tmp_path):
     source = SCALE + "class Alpha(Module):\n    def forward(self, x):\n        return x - 1\n"
     assert torch.equal(load(models.save_eager(source, tmp_path), *ONE).run([A])[0], A - 1)
 
