@@ -32,6 +32,20 @@ class Slow(torch.nn.Module):
 '''
 
 
+WHO = '''
+import os
+import time
+import torch
+
+class Who(torch.nn.Module):
+    """Sleeps as many seconds as its input says, and tells its process."""
+
+    def forward(self, seconds):
+        time.sleep(float(seconds.max()))
+        return torch.full(seconds.shape, os.getpid(), dtype=torch.int64)
+'''
+
+
 def tensor(name: str, dims: str, data_type: str = "TYPE_FP32", more: str = "") -> str:
     return f'{{ name: "{name}" data_type: {data_type} dims: [ {dims} ] {more} }}'
 
@@ -65,6 +79,19 @@ MLP = config([tensor("INPUT__0", "8")], [tensor("OUTPUT__0", "4")])
 
 def mlp() -> torch.nn.Module:
     return models.mlp(SIZES)
+
+
+def write_who(root: Path, name: str, more: str) -> None:
+    """A model that answers with the process that ran it."""
+    models.save_eager(WHO, root, name)
+    text = config(
+        [tensor("s", "1")],
+        [tensor("pid", "1", "TYPE_INT64")],
+        engine='backend: "pytorch"\nruntime: "model.py"',
+        max_batch_size=1,
+        more=EAGER + more,
+    )
+    write_config(root, name, text)
 
 
 def build(root: Path, seed_package: Path | None) -> Path:

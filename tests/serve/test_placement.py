@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import rows
-from tests.serve.server import Server, manta_serve
+from tests.serve.clients import aio_client, infer_aio, rows
+from tests.serve.server import Server, manta_serve, wait_for
 
 GROUPS = {
     "first": ("instance_group [ { kind: KIND_GPU gpus: [ 0 ] } ]", "0.25"),
@@ -20,6 +22,13 @@ GROUPS = {
     "both": ("instance_group [ { kind: KIND_GPU gpus: [ 0, 1 ] count: 2 } ]", "0.1"),
     "auto": ("", "0.05"),
 }
+MIXED = """
+instance_group [
+  { name: "host" kind: KIND_CPU },
+  { name: "cards" kind: KIND_GPU },
+  { name: "spare" kind: KIND_GPU gpus: [ 1 ] passive: true }
+]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +38,7 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         models.save_torchscript(repository.mlp(), root, name)
         text = repository.parameter("GPU_FRACTION", share) + group
         repository.write_config(root, name, repository.MLP + text)
+    repository.write_who(root, "mixed", repository.parameter("GPU_FRACTION", "0.02") + MIXED)
     with manta_serve(
         root,
         "--logical-gpus=true",
@@ -55,11 +65,45 @@ def test_groups_land_where_they_are_listed_with_the_fractions_asked_for(placed: 
         "second": ["1"],
         "both": ["0", "0", "1", "1"],
         "auto": ["0", "1"],  # no group: one instance on every GPU
+        "mixed": ["", "0", "1", "1"],
     }
     total, free = peeked["resources"]
     used = {name: round(total[name] - free.get(name, 0.0), 4) for name in total}
-    assert used["manta_gpu_0"] == used["manta_gpu_1"] == 0.25 + 2 * 0.1 + 0.05
-    assert used["GPU"] == 2 * used["manta_gpu_0"]
+    each = 0.25 + 2 * 0.1 + 0.05 + 0.02
+    assert used["manta_gpu_0"] == round(each, 4)
+    assert used["manta_gpu_1"] == round(each + 0.02, 4)  # a passive instance has its share too
+    assert used["GPU"] == round(2 * each + 0.02, 4)
+
+
+def test_groups_of_different_kinds_answer_together(placed: Server) -> None:
+    """Each of them, and never the passive one, which holds the second GPU as another does."""
+    pids: dict[str, set[int]] = {}
+    for replica in placed.peek()["replicas"]:
+        if replica["application"].startswith("manta.mixed."):
+            pids.setdefault(replica["deployment"], set()).add(replica["pid"])
+    assert set(pids) == {"host", "cards_gpu0", "cards_gpu1", "spare_gpu1"}
+    active = pids["host"] | pids["cards_gpu0"] | pids["cards_gpu1"]
+    answered: set[int] = set()
+
+    async def crowd() -> None:
+        x = np.full((1, 1), 0.1, np.float32)
+        async with aio_client(placed, "grpc") as client:
+            calls = [infer_aio(client, "mixed", {"s": x}) for _ in range(12)]
+            replies = await asyncio.gather(*calls)
+        answered.update(int(reply.as_numpy("pid")[0, 0]) for reply in replies)
+
+    def all_have() -> bool:
+        asyncio.run(crowd())
+        return answered >= active
+
+    wait_for(all_have, 60, "every active instance has answered")
+    assert answered == active
+
+
+def test_the_configuration_lists_the_gpus(placed: Server) -> None:
+    for name, gpus in (("auto", [[0, 1]]), ("second", [[1]]), ("mixed", [[], [0, 1], [1]])):
+        shown = placed.get(f"/v2/models/{name}/config").json()["instance_group"]
+        assert [group["gpus"] for group in shown] == gpus
 
 
 def test_models_on_logical_gpus_answer(placed: Server) -> None:
