@@ -153,7 +153,9 @@ def test_with_passive_instances_alone_a_model_refuses_at_once(
     repository.write_config(models_root, "resting", text + group % "true")
     client.load_model("resting")
     try:
-        assert client.is_model_ready("resting")
+        assert not client.is_model_ready("resting")  # loaded, and yet nobody would answer
+        index = request.getfixturevalue("http").get_model_repository_index()
+        assert {"name": "resting", "version": "1", "state": "READY", "reason": ""} in index
         with pytest.raises(InferenceServerException) as caught:
             infer(client, "resting", {"x": x})
         assert caught.value.status() in ("503", "StatusCode.UNAVAILABLE")
@@ -163,6 +165,7 @@ def test_with_passive_instances_alone_a_model_refuses_at_once(
         # The control: the same model, active.
         repository.write_config(models_root, "resting", text + group % "false")
         client.load_model("resting")
+        assert client.is_model_ready("resting")
         assert np.array_equal(infer(client, "resting", {"x": x}).as_numpy("OUTPUT__0"), x)
     finally:
         client.unload_model("resting")
