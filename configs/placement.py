@@ -70,6 +70,37 @@ def list_gpus(config: ModelConfig, gpu_count: int) -> ModelConfig:
     return config.model_copy(update={"instance_group": groups})
 
 
+def follow_package(config: ModelConfig, given: ModelConfig, device: str) -> ModelConfig:
+    """`config` is `given` normalised, with the GPUs that there are in mind: KIND_AUTO goes where an
+    AOTI package compiled for `device` can run. "" stands for models that run anywhere."""
+    if device != "cpu" or config.cc_model_filenames:
+        return config
+    stated = [one.kind == "KIND_AUTO" and not one.gpus for one in given.instance_group] or [True]
+    groups = tuple(
+        group.model_copy(update={"kind": "KIND_CPU"}) if free else group
+        for group, free in zip(config.instance_group, stated, strict=True)
+    )
+    return config.model_copy(update={"instance_group": groups})
+
+
+def check_device(config: ModelConfig, device: str, settings: ServerSettings, gpus: int) -> None:
+    """ConfigError, naming the group, where it could not run a package compiled for `device`."""
+    for index, group in enumerate(config.instance_group if device else ()):
+        own = "cpu"
+        if group.kind == "KIND_MODEL":
+            own = device if gpus or device != "cuda" else "cpu"
+        elif group.kind == "KIND_GPU":
+            if config.cc_model_filenames:  # only the instance knows which file it loads
+                continue
+            own = "cpu" if settings.logical_gpus else "cuda"
+        if own != device:
+            raise ConfigError(
+                f"instance group '{group.name}' has kind {group.kind} and runs on {own}, and the "
+                f"package was compiled for {device}; compile it for {own} or change the kind",
+                field=f"instance_group[{index}].kind",
+            )
+
+
 def _place(
     index: int,
     group: InstanceGroup,

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from configs.complete import artifact_filename, runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import parse_parameters
-from configs.placement import GroupPlacement, list_gpus
+from configs.placement import GroupPlacement, check_device, follow_package, list_gpus
 from configs.placement import plan as plan_groups
 from configs.server import ServerSettings
 
+from . import archives
 from .errors import MantaError
 from .repository import Found, Repository
 from .types import ReplicaSpec
@@ -103,7 +105,9 @@ class Planner:
         try:
             normal = repository.version_config(found, number, config, gpus > 0, self._completes)
             files = repository.version_files(found, number)
-            normal = list_gpus(normal, gpus)
+            device = self._package_device(found, number, normal)
+            normal = list_gpus(follow_package(normal, config, device), gpus)
+            check_device(normal, device, self._settings, gpus)
             placements = self._place(normal, files, gpus)
             labels = repository.labels(found, normal)
             repository.warmup_files(found, normal)  # refuses a missing or short one
@@ -120,6 +124,13 @@ class Planner:
             fingerprint=fingerprint(content_hash, placements, self._settings),
             labels=labels,
         )
+
+    def _package_device(self, found: Found, number: int, config: ModelConfig) -> str:
+        """What an AOTI package was compiled for; "" for models that run anywhere."""
+        files = self._repository.version_files(found, number)
+        if runtime_kind(config, files) != "aoti" or artifact_filename(config) not in files:
+            return ""
+        return archives.inspect(self._repository.artifact(found, number, config)).device
 
     def _place(
         self, config: ModelConfig, files: Sequence[str], gpus: int

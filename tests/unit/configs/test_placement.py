@@ -7,7 +7,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.model import InstanceGroup, ModelConfig
 from configs.parameters import ModelParameters
-from configs.placement import list_gpus, plan
+from configs.placement import check_device, follow_package, list_gpus, plan
 from configs.server import ServerSettings
 
 
@@ -70,6 +70,67 @@ def test_gpu_groups_say_which_gpus_they_are_on():
     listed = list_gpus(config, 3).instance_group
     assert [group.gpus for group in listed] == [(0, 1, 2), (2,), ()]
     assert list_gpus(config, 0).instance_group[0].gpus == ()
+
+
+AOTI = {"name": "m", "platform": "torch_aoti"}
+
+
+def _auto(kind="KIND_AUTO", gpus=()):
+    return InstanceGroup(name="a", kind=kind, count=1, gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "kinds"),
+    [
+        ((_auto(),), "cpu", ["KIND_CPU"]),
+        ((), "cpu", ["KIND_CPU"]),
+        ((_auto(), _gpu(gpus=(0,))), "cpu", ["KIND_CPU", "KIND_GPU"]),
+        # what is listed is meant, and others go to the GPU
+        ((_auto(gpus=(0,)),), "cpu", ["KIND_GPU"]),
+        ((_auto(),), "cuda", ["KIND_GPU"]),
+        ((_auto(),), "", ["KIND_GPU"]),
+    ],
+)
+def test_auto_goes_where_the_package_can_run(given, device, kinds):
+    groups = tuple(g.model_copy(update={"kind": "KIND_GPU"}) for g in given or (_auto(),))
+    config = ModelConfig(**AOTI, instance_group=groups)
+    found = follow_package(config, ModelConfig(**AOTI, instance_group=given), device)
+    assert [group.kind for group in found.instance_group] == kinds
+    files = {"cc_model_filenames": {"9.0": "h.pt2"}}
+    chosen = config.model_copy(update=files)
+    assert follow_package(chosen, ModelConfig(**AOTI, instance_group=given), device) == chosen
+
+
+def _check(group, device, gpus, files=None, **settings):
+    config = ModelConfig(**AOTI, instance_group=(group,), cc_model_filenames=files or {})
+    check_device(config, device, ServerSettings(**settings), gpus)
+
+
+@pytest.mark.parametrize(
+    ("group", "device", "gpus", "reason"),
+    [
+        (CPU, "cuda", 1, "'m' has kind KIND_CPU and runs on cpu, .* compiled for cuda"),
+        (_gpu(), "cpu", 1, "'g' has kind KIND_GPU and runs on cuda, .* compiled for cpu"),
+        (_auto("KIND_MODEL"), "cuda", 0, "'a' has kind KIND_MODEL and runs on cpu"),
+        (_auto("KIND_MODEL"), "cuda", 1, None),
+        (_auto("KIND_MODEL"), "cpu", 1, None),
+        (CPU, "cpu", 1, None),
+        (_gpu(), "cuda", 1, None),
+        (_gpu(), "", 1, None),
+    ],
+)
+def test_a_package_runs_on_what_it_was_compiled_for(group, device, gpus, reason):
+    if reason is None:
+        _check(group, device, gpus)
+    else:
+        with pytest.raises(ConfigError, match=reason) as caught:
+            _check(group, device, gpus)
+        assert caught.value.args[2] == "instance_group[0].kind"
+
+
+def test_which_package_a_gpu_gets_is_known_only_there():
+    _check(_gpu(), "cpu", 1, files={"9.0": "h.pt2"})
+    _check(_gpu(), "cpu", 1, logical_gpus=True)  # and a logical one is none
 
 
 def test_names_are_unique_and_safe():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 
 import pytest
@@ -72,6 +73,59 @@ def test_a_group_that_no_gpu_suits_is_told_with_its_line(tmp_path):
     write(tmp_path, "instance_group { kind: KIND_GPU }")
     plans, failed = planner(tmp_path).plan("m")
     assert plans == [] and "m/config.pbtxt:4: instance_group[0].kind" in failed[1]
+
+
+def write_package(root, device, more="", platform="torch_aoti"):
+    """What tells the device of a package, and nothing that could run."""
+    write(root, more)
+    (root / "m" / "1" / "model.pt").unlink()
+    text = CONFIG.replace("pytorch_libtorch", platform)
+    (root / "m" / "config.pbtxt").write_text(text + more)
+    with zipfile.ZipFile(root / "m" / "1" / "model.pt2", "w") as package:
+        folder = "model/data/aotinductor/model/"
+        package.writestr(folder + "wrapper_metadata.json", f'{{"AOTI_DEVICE_KEY": "{device}"}}')
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "gpus", "kind", "listed"),
+    [
+        ("cpu", "", 2, "KIND_CPU", ()),
+        ("cpu", "", 0, "KIND_CPU", ()),
+        ("cuda", "", 2, "KIND_GPU", (0, 1)),
+        ("cuda", "instance_group { kind: KIND_MODEL }", 2, "KIND_MODEL", ()),
+    ],
+)
+def test_a_package_goes_where_it_can_run(tmp_path, device, more, gpus, kind, listed):
+    write_package(tmp_path, device, more)
+    (plan,), failed = planner(tmp_path, Cluster(gpus)).plan("m")
+    (group,) = plan.config.instance_group
+    assert failed == {} and (group.kind, group.gpus) == (kind, listed)
+    assert {placement.kind for placement in plan.placements} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "gpus", "group"),
+    [
+        ("cuda", "instance_group { name: 'host' kind: KIND_CPU }", 1, "host' has kind KIND_CPU"),
+        ("cuda", "", 0, "m' has kind KIND_CPU"),
+        ("cpu", "instance_group { name: 'card' kind: KIND_GPU }", 1, "card' has kind KIND_GPU"),
+    ],
+)
+def test_a_package_for_another_device_is_refused_before_it_is_loaded(
+    tmp_path, device, more, gpus, group
+):
+    write_package(tmp_path, device, more)
+    plans, failed = planner(tmp_path, Cluster(gpus)).plan("m")
+    assert plans == [] and "m/config.pbtxt" in failed[1]
+    assert f"instance group '{group}" in failed[1] and f"compiled for {device}" in failed[1]
+
+
+def test_a_passive_group_computes_nothing(tmp_path):
+    groups = "instance_group [ { kind: KIND_CPU count: 3 }, { kind: KIND_CPU passive: true } ]"
+    write(tmp_path, groups)
+    (plan,), _ = planner(tmp_path).plan("m")
+    assert plan.cpu_instances == 3
+    assert [spec.passive for spec in planner(tmp_path).specs(plan, "a", 3)] == [False, True]
 
 
 def test_a_bad_configuration_and_a_missing_model_are_the_whole_models(tmp_path):
