@@ -338,9 +338,13 @@ def _capability(spec: ReplicaSpec) -> str:
 
 
 def _bring_up(instance: Instance, samples: tuple[warmup.Sample, ...], spec: ReplicaSpec) -> None:
-    """To where it may be reported: loaded, and all samples run. Blocks."""
+    """To where it may be reported: loaded, and all samples run. Blocks.
+
+    As in Triton, passive instances are not warmed.
+    """
     instance.load()
-    warmup.run(instance, samples, spec.model_name)
+    if not spec.passive:
+        warmup.run(instance, samples, spec.model_name)
 
 
 async def _run_on(instances: Sequence[Instance], batch: Batch) -> BatchReply:

@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deployments import replica
-from deployments.types import ReplicaSpec
+from configs.model import ModelWarmup, WarmupInput
+from deployments import replica, warmup
+from deployments.types import Batch, BatchReply, Part, ReplicaSpec
 from tests import models
 
 from .channels import batch_of, drive, place, rows
@@ -42,6 +45,33 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+class Recorded:
+    """An instance that writes down what it is told."""
+
+    name = "m_1_m_0_0"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def load(self) -> None:
+        self.calls.append("load")
+
+    def warm(self, batch: Batch) -> BatchReply:
+        self.calls.append("warm")
+        return BatchReply((Part((0,), {}),))
+
+
+@pytest.mark.parametrize(("passive", "calls"), [(False, ["load", "warm"]), (True, ["load"])])
+def test_passive_instances_are_loaded_and_not_warmed(passive: bool, calls: list[str]) -> None:
+    zeros = WarmupInput(data_type="TYPE_FP32", dims=(2,), zero_data=True)
+    asked = ModelWarmup(name="w", batch_size=1, count=1, inputs={"x": zeros})
+    config = SPEC.config.model_copy(update={"model_warmup": (asked,)})
+    samples = warmup.prepare(config, "eager", Path)
+    instance: Any = Recorded()
+    replica._bring_up(instance, samples, replace(SPEC, config=config, passive=passive))
+    assert instance.calls == calls
 
 
 @pytest.mark.parametrize("changes", [{"kind": "KIND_CPU"}, {"logical_gpus": True}])
