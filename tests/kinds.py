@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -63,13 +64,13 @@ def compile_package(path: Path) -> None:
 
 
 def values(kind: DataType, rows: int, width: int = WIDTH, seed: int = 0) -> Array:
-    """The datatype's extremes and what lies between; BF16 as the FP32 numbers that it can hold."""
+    """The datatype's extremes and what lies between; BF16 as stock clients take and give it."""
     draw = np.random.default_rng(seed)
     shape = (rows, width)
     if kind.wire == "BOOL":
         return draw.integers(0, 2, shape).astype(bool)
     if kind.wire == "BF16":
-        return (draw.integers(-256, 256, shape) / 8).astype(np.float32)
+        return draw.standard_normal(shape).astype(ml_dtypes.bfloat16)
     dtype = np.dtype(str(kind.numpy))
     if dtype.kind == "f":
         return draw.standard_normal(shape).astype(dtype)
@@ -80,14 +81,21 @@ def values(kind: DataType, rows: int, width: int = WIDTH, seed: int = 0) -> Arra
     return made
 
 
+def wire(kind: DataType, array: Array) -> Array:
+    """As the server carries it."""
+    return array.view(np.uint16) if kind.wire == "BF16" else array
+
+
 def direct(kinds: Sequence[DataType], arrays: Sequence[Array]) -> list[Array]:
     """The same call in this process."""
     given = [
-        torch.from_numpy(array).to(getattr(torch, str(kind.torch)))
+        torch.from_numpy(wire(kind, array)).view(getattr(torch, str(kind.torch)))
         for kind, array in zip(kinds, arrays, strict=True)
     ]
     results = module(kinds)(*given)
     return [
-        (result.float() if kind.wire == "BF16" else result).numpy()
+        result.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        if kind.wire == "BF16"
+        else result.numpy()
         for kind, result in zip(kinds, results, strict=True)
     ]

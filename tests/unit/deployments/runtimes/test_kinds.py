@@ -1,15 +1,13 @@
-"""Every numeric datatype through every runtime, as an instance would call it."""
+"""Every numeric datatype in the runtimes that need no compiler; the serve tests have packages."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from configs.dtypes import DataType
 from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.parameters import ModelParameters
 from deployments import runtimes
@@ -34,24 +32,25 @@ def declared(width: int, **fields: Any) -> ModelConfig:
     return config(inputs, outputs, **fields)
 
 
-def carried(kind: DataType, array: np.ndarray) -> np.ndarray:
-    """In the form of the wire: BF16 is the upper half of FP32."""
-    if kind.wire == "BF16":
-        return (array.view(np.uint32) >> 16).astype(np.uint16)
-    return array
-
-
-@pytest.fixture(params=["torchscript", "aoti", "eager"])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[runtimes.Runtime, ModelConfig]:
+@pytest.fixture(scope="module", params=["torchscript", "eager", "exported"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[runtimes.Runtime, ModelConfig]:
+    folder = tmp_path_factory.mktemp("kinds")
     disabled = ModelParameters(torch_compile_optional_parameters={"disable": True})
-    if request.param == "aoti":
-        path = request.getfixturevalue("kinds_package")
-        made = declared(kinds.WIDTH, platform="torch_aoti")
-    elif request.param == "eager":
-        path = models.save_eager(kinds.source(NUMERIC), tmp_path)
+    if request.param == "eager":
+        path = models.save_eager(kinds.source(NUMERIC), folder)
         made = declared(-1, runtime="model.py")
+    elif request.param == "exported":
+        path = models.version_folder(folder) / "model.pt2"
+        rows = ({0: torch.export.Dim("rows", min=1, max=8)},) * len(NUMERIC)
+        program = torch.export.export(
+            kinds.module(NUMERIC), kinds.samples(NUMERIC), dynamic_shapes=rows
+        )
+        torch.export.save(program, path)
+        made = declared(kinds.WIDTH, platform="torch_export")
     else:
-        path = models.version_folder(tmp_path) / "model.pt"
+        path = models.version_folder(folder) / "model.pt"
         kinds.save_traced(NUMERIC, path)
         made = declared(-1)
     return runtimes.load(path, made, disabled, "cpu", "KIND_CPU"), made
@@ -62,7 +61,7 @@ def test_every_datatype(served: tuple[runtimes.Runtime, ModelConfig], rows: int)
     runtime, made = served
     members = [[kinds.values(kind, rows, seed=k) for kind in NUMERIC] for k in range(2)]
     inputs = [
-        convert.build_tensor(entry, [carried(kind, members[k][index]) for k in range(2)], CPU)
+        convert.build_tensor(entry, [kinds.wire(kind, members[k][index]) for k in range(2)], CPU)
         for index, (entry, kind) in enumerate(zip(made.input, NUMERIC, strict=True))
     ]
     whole = [np.concatenate(pair) for pair in zip(*members, strict=True)]
@@ -72,7 +71,7 @@ def test_every_datatype(served: tuple[runtimes.Runtime, ModelConfig], rows: int)
     ):
         convert.check_output(output, value)
         found = convert.read_output(output, value).data
-        np.testing.assert_array_equal(found, carried(kind, wanted), err_msg=kind.wire)
+        np.testing.assert_array_equal(found, kinds.wire(kind, wanted), err_msg=kind.wire)
 
 
 def test_another_datatype_does_not_pass_for_it(
