@@ -36,19 +36,26 @@ def inspect(path: Path) -> Archive:
         with path.open("rb") as file:
             legacy = file.read(2)[:1] == b"\x80"  # torch.save before its zip format
         return Archive("module") if legacy else Archive("unknown")
-    with zipfile.ZipFile(path) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        packages = [name for name in names if name.startswith("data/aotinductor/")]
-        if packages:
-            return _aoti(archive, names, packages)
-        programs = [name for name in names if name.startswith("models/")]
-        if programs:
-            models = (name.split("/")[1].removesuffix(".json") for name in programs)
-            return Archive("exported", models=tuple(sorted(models)))
-        if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-            return Archive("torchscript")
-        if "data.pkl" in names:
-            return _pickled(archive, names["data.pkl"])
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _look(archive)
+    except (zipfile.BadZipFile, EOFError, ValueError, IndexError, NotImplementedError):
+        return Archive("unknown")  # cut off, or made so that it cannot be read
+
+
+def _look(archive: zipfile.ZipFile) -> Archive:
+    names = {name.partition("/")[2]: name for name in archive.namelist()}
+    packages = [name for name in names if name.startswith("data/aotinductor/")]
+    if packages:
+        return _aoti(archive, names, packages)
+    programs = [name for name in names if name.startswith("models/")]
+    if programs:
+        models = (name.split("/")[1].removesuffix(".json") for name in programs)
+        return Archive("exported", models=tuple(sorted(models)))
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return Archive("torchscript")
+    if "data.pkl" in names:
+        return _pickled(archive, names["data.pkl"])
     return Archive("unknown")
 
 

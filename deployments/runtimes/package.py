@@ -7,6 +7,7 @@ checks are switched on. Pure text, no torch; a package without its source tells 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -36,12 +37,18 @@ class Package:
 
 
 def read(path: Path) -> Package:
-    for source in _sources(path):
+    for source in _readable(path):
         inputs = _inputs(source)
         specs = tuple(_SPEC.findall(source))
         if inputs or specs:
             return Package(inputs, specs if len(specs) == 2 else ())
     return Package({})
+
+
+def _readable(path: Path) -> list[str]:
+    with contextlib.suppress(zipfile.BadZipFile):
+        return list(_sources(path))
+    return []
 
 
 def _sources(path: Path) -> Iterator[str]:

@@ -80,8 +80,8 @@ def _document(path: Path, where: str) -> dict[str, Any]:
             raise ConfigError("the archive has no program that can be read", file=where)
         try:
             document = json.loads(archive.read(names[0]))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError("the program's description is not JSON", file=where) from error
+        except (ValueError, RecursionError, zipfile.BadZipFile) as error:
+            raise ConfigError("the program's description cannot be read", file=where) from error
     return document if isinstance(document, dict) else {}
 
 

@@ -51,7 +51,10 @@ _OF_TENSORS = frozenset(("size", "stride", "storage_offset", "dim"))
 
 def check(path: Path, document: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError, whose file is `where`."""
-    reason = _pickles(path) or next(_texts(document), "")
+    try:
+        reason = _pickles(path) or next(_texts(document), "")
+    except (ValueError, AttributeError, zipfile.BadZipFile):
+        reason = "the archive cannot be read"
     if reason:
         raise ConfigError(f"this program is not loaded: {reason}", file=where)
 

@@ -42,3 +42,15 @@ def test_package_without_the_model_that_is_served():
 def test_unknown(tmp_path):
     (tmp_path / "x").write_bytes(b"")
     assert archives.inspect(tmp_path / "x").kind == "unknown"
+
+
+def test_archives_that_cannot_be_read(tmp_path, seed_package):
+    """Whoever asks is told so; the Controller asks, and must go on."""
+    data = seed_package.read_bytes()
+    path = tmp_path / "model.pt2"
+    for cut in (100, len(data) // 2, len(data) - 60):
+        path.write_bytes(data[:cut])
+        assert archives.inspect(path).kind == "unknown"
+    path.write_bytes(data.replace(b'{"AOTI_DEVICE_KEY"', b'["AOTI_DEVICE_KEY"'))
+    assert archives.inspect(path).kind == "unknown"
+    assert archives.inspect(seed_package).kind == "aoti"
