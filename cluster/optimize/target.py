@@ -115,6 +115,10 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
     config = normalise_version(config, repository.first_files(found), files, has_gpu)
     artifact = repository.artifact(found, number, config)
     kind = runtime_kind(config, files)
+    if kind == "python":
+        raise OptimizeError(
+            f"'{model}' is a model of the Python backend: there is no module that could be compiled"
+        )
     if kind == "aoti":
         older = [v for v in found.versions if v < number]
         hint = (

@@ -190,7 +190,10 @@ def _construct(source: ModuleType, where: str) -> torch.nn.Module:
     own = [value for value in classes.values() if value.__module__ == source.__name__]
     candidates = own or list(classes.values())
     if not candidates:
-        raise ConfigError("no subclass of torch.nn.Module found", file=where)
+        hint = ""
+        if hasattr(source, "TritonPythonModel"):
+            hint = '; a TritonPythonModel needs backend: "python" in its config.pbtxt'
+        raise ConfigError(f"no subclass of torch.nn.Module found{hint}", file=where)
     chosen = candidates[0]
     try:
         return chosen()

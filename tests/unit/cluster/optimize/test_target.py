@@ -57,6 +57,7 @@ def test_threads_are_those_of_serving(tmp_path: Path) -> None:
         ("mlp", 9, "unable to find 'mlp/9'"),
         ("empty", None, "no version directory"),
         ("gpu", None, "no GPU is available"),
+        ("python", None, "'python' is a model of the Python backend"),
         ("package", None, "version 2 of 'package' is a compiled package already; .*--version 1"),
     ],
 )
@@ -65,6 +66,9 @@ def test_what_cannot_be_read(tmp_path: Path, name: str, version: int | None, tex
     (tmp_path / "empty").mkdir()
     gpu = repositories.MLP.replace("KIND_CPU", "KIND_GPU")
     repositories.scripted(tmp_path, name="gpu", text=gpu)
+    python = repositories.MLP.replace('platform: "pytorch_libtorch"', 'backend: "python"')
+    written = repositories.scripted(tmp_path, name="python", text=python)
+    (written / "1" / "model.py").write_text("class TritonPythonModel: ...")
     package = repositories.scripted(tmp_path, name="package")
     (package / "2").mkdir()
     (package / "2" / "model.pt2").write_bytes(b"")

@@ -142,6 +142,8 @@ def test_alphabetically_first_class_of_the_file(tmp_path):
 def test_no_class(tmp_path):
     with pytest.raises(ConfigError, match="no subclass of torch.nn.Module"):
         load(models.save_eager("import torch\n", tmp_path), *ONE)
+    with pytest.raises(ConfigError, match='TritonPythonModel needs backend: "python"'):
+        load(models.save_eager("class TritonPythonModel: ...\n", tmp_path, "other"), *ONE)
 
 
 def test_names_of_two_models_do_not_meet(tmp_path):
