@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,12 +56,13 @@ class Subject:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """`error` is a ConfigError as long as the model's process could tell; `notes` say what could
-    not be checked here."""
+    not be checked here. `compiler`: the load has imported torch's compiler."""
 
     seconds: float
     error: ConfigError | str | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    compiler: bool = False
 
 
 def gpu_count() -> int:
@@ -70,8 +72,6 @@ def gpu_count() -> int:
 
 
 def load(subject: Subject, limit_s: float) -> Outcome:
-    if subject.artifact.suffix == ".py" or subject.config.platform == "torch_export":
-        _import_compiler()
     started = time.monotonic()
     told, end = fork(lambda: _load(subject), limit_s)
     seconds = time.monotonic() - started
@@ -80,12 +80,13 @@ def load(subject: Subject, limit_s: float) -> Outcome:
     error = told.get("error")
     if isinstance(error, list):
         error = ConfigError(*error)
-    return Outcome(seconds, error, tuple(told["warnings"]), tuple(told["notes"]))
+    warnings, notes = tuple(told["warnings"]), tuple(told["notes"])
+    return Outcome(seconds, error, warnings, notes, bool(told.get("compiler")))
 
 
 @functools.cache
-def _import_compiler() -> None:
-    """Once here and not in each fork, which would take seconds; compiles nothing."""
+def import_compiler() -> None:
+    """Once here and not in each fork, where it takes seconds; compiles nothing."""
     torch.compile(torch.nn.Identity())
 
 
@@ -102,6 +103,7 @@ def _load(subject: Subject) -> dict[str, Any]:
     for name in ("manta", "ray.serve"):
         logging.getLogger(name).addHandler(_Told(told["warnings"]))
     told["error"] = _try(subject, cuda)
+    told["compiler"] = "torch._inductor" in sys.modules
     if missing and any(word in str(told["error"]).lower() for word in _WANTS_CUDA):
         note = f"not loaded: no GPU is here ({_first_line(told['error'])})"
         return told | {"error": None, "notes": [note]}

@@ -52,6 +52,7 @@ class Verdicts:
         settings = ServerSettings(model_repository=tuple(map(str, roots)))
         self._planner = Planner(settings, self._repository, "", machine)
         self._limit_s = limit_s
+        self._compiling = 0  # loads that have imported torch's compiler
 
     def names(self) -> list[str]:
         return [found.name for found in self._repository.scan()]
@@ -90,7 +91,10 @@ class Verdicts:
             runtime = runtime or runtime_kind(plan.config, (subject.artifact.name,))
             if self._limit_s is None:
                 continue
+            if self._compiling > 1 and runtime in ("eager", "exported"):
+                trial.import_compiler()  # the next ones are likely to need it too
             outcome = trial.load(subject, self._limit_s)
+            self._compiling += outcome.compiler
             seconds += outcome.seconds
             good = good and outcome.error is None
             yield from (Finding("warning", text) for text in outcome.warnings)
