@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from benchmarks import processes, servers
+from benchmarks.contestants import Manta, Stage
+from benchmarks.models import MODELS
 from benchmarks.peers import PEERS
 from benchmarks.servers import Launch, ServerError
 from benchmarks.wire import Request
@@ -26,7 +28,10 @@ class Echo(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
@@ -44,6 +49,28 @@ def launch(tmp_path: Path) -> Launch:
 
 def echo(values: np.ndarray) -> Request:
     return Request("http", "/", (), values.tobytes(), lambda _, body: np.frombuffer(body))
+
+
+class Echoing(Manta):
+    """Asks an echo what it expects to hear."""
+
+    def request(self, stage: Stage, protocol: str) -> Request:
+        return echo(stage.expected)
+
+
+def test_a_model_is_loaded_again_and_asked_where_runtimes_are_compared(
+    launch: Launch, tmp_path: Path
+):
+    values = np.arange(4.0)
+    stage = Stage(MODELS["tiny"], tmp_path / "model.pt", 0, values, values)
+    with servers.running("echo", launch, tmp_path / "log") as server:
+        assert Echoing("direct").loads(stage, server) == {}
+        found = Echoing("direct", runtime="aoti").loads(stage, server)
+        assert set(found) == {"load_s", "first_answer_s"}
+        with pytest.raises(ServerError, match="status 404"):
+            servers.post(server, "/missing")
+    with pytest.raises(ServerError, match="/v2"):
+        servers.post(server, "/v2")
 
 
 def test_a_server_is_checked_and_leaves_nothing_behind(launch: Launch, tmp_path: Path):
