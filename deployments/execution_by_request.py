@@ -53,13 +53,15 @@ class ExecutionByRequest:
 
     def run(self, batch: Batch, how: How) -> tuple[Part, ...]:
         """Raises FatalDeviceError, and SendAgain for joined inputs that a failed run may have
-        changed: sent once more in pieces, `how` says in which the members are run."""
+        changed: sent once more in pieces, `how` says in which the members are run. Or "whole": one
+        that fails is not run again in pieces, unless it needs more memory than there is."""
         members = tuple(range(len(batch.rows)))
-        if how or self._config.max_batch_size == 0:
+        whole = how == "whole"
+        if (how and not whole) or self._config.max_batch_size == 0:
             return tuple(part for k in members for part in self._attempt(batch, (k,)))
-        return tuple(self._attempt(batch, members))
+        return tuple(self._attempt(batch, members, whole))
 
-    def _attempt(self, batch: Batch, members: tuple[int, ...]) -> list[Part]:
+    def _attempt(self, batch: Batch, members: tuple[int, ...], whole: bool = False) -> list[Part]:
         try:
             return self._run_once(batch, members)
         except SystemExit as caught:
@@ -76,7 +78,8 @@ class ExecutionByRequest:
             raise FatalDeviceError(faults.clean_text(error))
         if faults.is_out_of_memory(error):
             free_device_memory()
-        if len(members) == 1:
+            whole = False
+        if len(members) == 1 or whole:
             return [Part(members, {}, self._as_answer(error), run_rows=0)]
         if any(one is not None for one in batch.joined):
             raise SendAgain("singly")

@@ -21,7 +21,7 @@ from configs.model import ModelConfig, ModelWarmup, WarmupInput
 
 from .contract import Contract, Work
 from .errors import MantaError
-from .types import Array, Batch, BatchReply, InferRequest, Tensor
+from .types import Array, Batch, BatchReply, InferRequest, RequestFacts, Tensor
 
 logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica's log file
 
@@ -40,10 +40,12 @@ class Warmed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row as an admitted request; each of `sizes` is how many of it make a batch."""
+    """One row as an admitted request; each of `sizes` is how many of it make a batch. `facts` are
+    for a model that is handed whole requests."""
 
     name: str
     row: Work
+    facts: tuple[RequestFacts, ...]
     sizes: tuple[int, ...]
     runs: int
 
@@ -75,7 +77,7 @@ def run(instance: Warmed, samples: tuple[Sample, ...], model: str) -> None:
         )
         for size in sample.sizes:
             for _ in range(sample.runs):
-                for part in instance.warm(_batch(sample.row, size)).parts:
+                for part in instance.warm(_batch(sample, size)).parts:
                     if part.error is not None:
                         raise failed(sample.name, f"{part.error}; batch size {size}")
 
@@ -109,15 +111,17 @@ def _sample(
     dynamic = config.dynamic_batching
     preferred = dynamic.preferred_batch_size if dynamic and config.max_batch_size else ()
     sizes = tuple(dict.fromkeys((sample.batch_size, *sorted(preferred))))
-    return Sample(sample.name, row, sizes, max(sample.count, LEAST_RUNS.get(kind, 1)))
+    facts = (RequestFacts(outputs=row.outputs),) if kind == "python" else ()
+    return Sample(sample.name, row, facts, sizes, max(sample.count, LEAST_RUNS.get(kind, 1)))
 
 
-def _batch(row: Work, size: int) -> Batch:
+def _batch(sample: Sample, size: int) -> Batch:
     """Each member with arrays of its own, as requests have them: a model may write to its input."""
+    row = sample.row
     inputs = tuple(
         tuple(None if array is None else array.copy() for _ in range(size)) for array in row.inputs
     )
-    return Batch((row.rows,) * size, inputs, row.outputs)
+    return Batch((row.rows,) * size, inputs, row.outputs, facts=sample.facts * size)
 
 
 # --- a sample's data -----------------------------------------------------------------------------

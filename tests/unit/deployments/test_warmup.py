@@ -299,6 +299,38 @@ def test_an_optional_input_may_be_left_out():
     assert batch.inputs[0] == (None, None) and len(batch.inputs[1]) == 2
 
 
+PYTHON = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+CALLS = []
+class TritonPythonModel:
+    def execute(self, requests):
+        CALLS.append([request.requested_output_names() for request in requests])
+        if len(requests) > 2:
+            raise ValueError("two at most")
+        x = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", one)]) for one in x]
+"""
+
+
+def test_a_model_of_the_python_backend_is_handed_requests(tmp_path):
+    path = models.save_eager(PYTHON, tmp_path)
+    of = made(sample(batch_size=2, x=given()), backend="python", platform="")
+    instance = Instance("i0", path, of, ModelParameters(), "cpu", "KIND_CPU")
+    instance.load()
+    python: Any = instance._python
+    calls = sys.modules[type(python._model).__module__].CALLS
+    try:
+        warmup.run(instance, warmup.prepare(of, "python", nowhere), "model")
+        assert calls == [[["y"], ["y"]]]
+        three = made(sample(batch_size=3, x=given()), backend="python", platform="")
+        with pytest.raises(ConfigError, match="sample 's': .*two at most; batch size 3"):
+            warmup.run(instance, warmup.prepare(three, "python", nowhere), "model")
+        assert len(calls) == 2
+    finally:
+        instance.close()
+
+
 HELD = """
 import threading
 import torch
