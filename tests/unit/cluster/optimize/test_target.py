@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.optimize import disk
 from cluster.optimize.target import Destination, OptimizeError, read, serving_threads
-from configs.complete import runtime_kind
+from configs.complete import normalise_version, runtime_kind
 from deployments.planner import available_cpus
 from deployments.repository import Repository
 
@@ -116,6 +117,48 @@ def test_what_is_newer_by_now_keeps_its_place(tmp_path: Path) -> None:
     assert sorted(os.listdir(model)) == ["1", "2", "config.pbtxt"]
     assert write(tmp_path, own) == tmp_path / "fast" / "1"  # takes nobody's place
     assert write(tmp_path, Destination(source(tmp_path))) == model / "3"
+
+
+def test_an_optimised_version_does_not_break_the_one_before(tmp_path: Path) -> None:
+    """Version 10 comes before 9 where names are sorted as text, and nothing else tells the kind."""
+    text = repositories.MLP.partition("\n")[2] + "version_policy { all { } }\n"
+    model = repositories.scripted(tmp_path, text=text)
+    (model / "1").rename(model / "9")
+    assert write(tmp_path, Destination(source(tmp_path))) == model / "10"
+    repository = Repository((tmp_path,))
+    found = repository.find("mlp")
+    kinds = {}
+    for number in repository.select_versions(repository.read_config(found), found.versions)[0]:
+        files = repository.version_files(found, number)
+        config = normalise_version(
+            repository.read_config(found), repository.first_files(found), files, False
+        )
+        assert repository.artifact(found, number, config).is_file()
+        kinds[number] = runtime_kind(config, files)
+    assert kinds == {9: "torchscript", 10: "aoti"}
+
+
+@pytest.mark.parametrize("output", [None, "fast"])
+def test_all_of_it_is_on_the_disk_before_it_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str | None
+) -> None:
+    labels = repositories.MLP.replace("dims: [ 4 ]", 'dims: [ 4 ] label_filename: "labels.txt"')
+    model = repositories.scripted(tmp_path, text=labels)
+    (model / "labels.txt").write_text("a\nb\nc\nd\n")
+    synced: set[Path] = set()
+    real = disk.move_new
+
+    def move(made: Path, target: Path) -> None:
+        for path in (made, *made.rglob("*")):
+            assert path in synced, path
+        synced.clear()
+        real(made, target)
+
+    monkeypatch.setattr(disk, "sync", synced.add)
+    monkeypatch.setattr(disk, "move_new", move)
+    written = write(tmp_path, Destination(source(tmp_path), output))
+    assert (written / "model.pt2").is_file()
+    assert synced == {tmp_path if output else model}  # where it has its name
 
 
 def test_an_empty_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
