@@ -18,13 +18,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from configs import warmup
-from configs.complete import (
-    DEFAULT_FILES,
-    RuntimeKind,
-    normalise_version,
-    of_version,
-    runtime_kind,
-)
+from configs.complete import DEFAULT_FILES, RuntimeKind, of_version, runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters, parse_parameters
@@ -112,7 +106,7 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
     number = found.versions[-1] if version is None else version
     files = repository.version_files(found, number)
     config = repository.read_config(found)
-    config = normalise_version(config, repository.first_files(found), files, has_gpu)
+    config = repository.version_config(found, number, config, has_gpu)
     artifact = repository.artifact(found, number, config)
     kind = runtime_kind(config, files)
     if kind == "python":
@@ -125,6 +119,11 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
             f"; name the version it was made from, such as --version {older[-1]}" if older else ""
         )
         raise OptimizeError(f"version {number} of '{model}' is a compiled package already{hint}")
+    if kind == "exported":
+        raise OptimizeError(
+            f"version {number} of '{model}' is a program of torch.export: the parameter "
+            "COMPILE_ON_LOAD has the server compile it"
+        )
     parameters, _ = parse_parameters(config, (artifact.name,))
     group = config.instance_group[0].kind
     digest = repository.content_hash(found, number, config)

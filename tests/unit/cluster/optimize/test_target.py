@@ -60,6 +60,7 @@ def test_threads_are_those_of_serving(tmp_path: Path) -> None:
         ("gpu", None, "no GPU is available"),
         ("python", None, "'python' is a model of the Python backend"),
         ("package", None, "version 2 of 'package' is a compiled package already; .*--version 1"),
+        ("program", None, "version 1 of 'program' is a program of torch.export.*COMPILE_ON_LOAD"),
     ],
 )
 def test_what_cannot_be_read(tmp_path: Path, name: str, version: int | None, text: str) -> None:
@@ -73,6 +74,10 @@ def test_what_cannot_be_read(tmp_path: Path, name: str, version: int | None, tex
     package = repositories.scripted(tmp_path, name="package")
     (package / "2").mkdir()
     (package / "2" / "model.pt2").write_bytes(b"")
+    program = repositories.scripted(
+        tmp_path, name="program", text=repositories.MLP.replace("pytorch_libtorch", "torch_export")
+    )
+    (program / "1" / "model.pt").rename(program / "1" / "model.pt2")
     with pytest.raises(OptimizeError, match=text):
         source(tmp_path, name, version)
 
