@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,14 +22,19 @@ class Mlp(torch.nn.Sequential):
 """
 
 SLOW = '''
+import os
 import time
 import torch
 
+GO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "go")
+
 class Slow(torch.nn.Module):
-    """Sleeps as many seconds as its input says."""
+    """Sleeps as many seconds as its input says; below 0, until its folder has a file `go`."""
 
     def forward(self, seconds):
-        time.sleep(float(seconds.max()))
+        while seconds.min() < 0 and not os.path.exists(GO):
+            time.sleep(0.01)
+        time.sleep(max(0.0, float(seconds.max())))
         return seconds * 2
 '''
 
@@ -44,6 +51,17 @@ class Who(torch.nn.Module):
         time.sleep(float(seconds.max()))
         return torch.full(seconds.shape, os.getpid(), dtype=torch.int64)
 '''
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[Callable[[], None]]:
+    """Requests below 0 to a slow model are held until this is called, and no longer than this."""
+    go = folder / "go"
+    go.unlink(missing_ok=True)
+    try:
+        yield go.touch
+    finally:
+        go.touch()
 
 
 def tensor(name: str, dims: str, data_type: str = "TYPE_FP32", more: str = "") -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 150.0
 END_S = 90.0
+PEEK_S = 90.0
 
 PEEK = """
 import asyncio, dataclasses, json, sys
@@ -34,20 +36,29 @@ from ray import serve
 ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, logging_level="error")
 async def main():
     handle = serve.get_deployment_handle("Controller", "manta")
+    while await asyncio.to_thread(sys.stdin.readline):
+        for turn in range(100):
+            try:
+                print(json.dumps(await look(handle)), flush=True)
+                break
+            except Exception:  # whom it asks is being replaced
+                if turn == 99:
+                    raise
+                await asyncio.sleep(0.5)
+async def look(handle):
     reports = await handle.replicas.remote()
     keys = ("application deployment replica_id pid instances device weight_pointers details"
             " loaded error").split()
     status = serve.status().applications
-    nodes = ray.nodes()
-    print(json.dumps({
+    return {
         "replicas": [{k: getattr(r, k) for k in keys} for r in reports],
         "running": {
             name: {d: s.replica_states.get("RUNNING", 0) for d, s in app.deployments.items()}
             for name, app in status.items()
         },
         "resources": [ray.cluster_resources(), ray.available_resources()],
-        "nodes": len(nodes),
-    }))
+        "nodes": len(ray.nodes()),
+    }
 asyncio.run(main())
 """
 
@@ -93,13 +104,19 @@ class Server:
     """Start with `start`, end with `stop`; both are bounded, and `close` leaves nothing behind."""
 
     def __init__(
-        self, command: Sequence[str], ports: Sequence[int], environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        ports: Sequence[int],
+        environment: Mapping[str, str],
+        repository: Path,
     ) -> None:
+        self.repository = repository
         self.http_port, self.grpc_port, self.metrics_port = ports
         self.folder = Path(tempfile.mkdtemp(prefix="mt"))
         self.log = self.folder / "server.log"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MANTA_"))}
         self._environment = {**inherited, "RAY_TMPDIR": str(self.folder), **environment}
+        self._peeker: subprocess.Popen[bytes] | None = None
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -156,8 +173,31 @@ class Server:
         return found
 
     def peek(self) -> dict[str, Any]:
-        """The Controller's replicas and Serve's status, over the Ray API."""
-        return self._ask(PEEK)
+        """The Controller's replicas and Serve's status, over the Ray API: by a process that stays,
+        since to join Ray takes seconds."""
+        log = self.folder / "peek.log"
+        if self._peeker is None:
+            with log.open("w") as errors:
+                self._peeker = subprocess.Popen(
+                    [sys.executable, "-c", PEEK, self._ray_address()],
+                    env={**self._environment, "RAY_AUTH_MODE": "token"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    bufsize=0,  # so that `select` sees what is there
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
+        asked, answers = self._peeker.stdin, self._peeker.stdout
+        assert asked is not None and answers is not None
+        asked.write(b"\n")
+        answer = b""
+        while not answer.startswith(b"{"):
+            ready, _, _ = select.select([answers], [], [], PEEK_S)
+            answer = answers.readline() if ready else b""
+            assert answer, log.read_text()[-3000:]
+        peeked: dict[str, Any] = json.loads(answer)
+        return peeked
 
     def census(self) -> dict[str, dict[str, dict[str, int]]]:
         """What the Router and the Controller say that they hold."""
@@ -176,6 +216,17 @@ class Server:
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return answer
 
+    def stop_peeking(self) -> None:
+        """Before Ray ends, or is ended."""
+        if self._peeker is not None:
+            self._peeker.kill()
+            self._peeker.wait()
+            for pipe in (self._peeker.stdin, self._peeker.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+            self._peeker = None
+
     def _ray_address(self) -> str:
         for process in self.descendants():
             with contextlib.suppress(psutil.Error):
@@ -186,6 +237,7 @@ class Server:
         raise RuntimeError("no Ray process knows its address")
 
     def send(self, number: int) -> None:
+        self.stop_peeking()
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -201,6 +253,7 @@ class Server:
     def close(self) -> None:
         """For fixtures: whatever happened, our processes end and the disk is clean."""
         family = self.descendants()
+        self.stop_peeking()
         with contextlib.suppress(Exception):
             self.stop()
         for process in family:
@@ -228,7 +281,7 @@ def manta_serve(
         f"--metrics-port={ports[2]}",
         *flags,
     ]
-    server = Server(command, ports, environment or {})
+    server = Server(command, ports, environment or {}, repository)
     try:
         yield server
     finally:

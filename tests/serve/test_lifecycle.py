@@ -130,29 +130,31 @@ def test_versions_of_one_model(spare: Path, http: Any) -> None:
 def test_what_waits_when_a_version_is_replaced_is_answered_by_the_new_one(
     server: Server, models_root: Path, http: Any
 ) -> None:
-    """Thirty requests wait behind two long ones when the model is loaded anew."""
+    """Thirty requests wait behind two that run when the model is loaded anew."""
     source = models_root / "slow" / "1" / "model.py"
     old = source.read_text()
-    asked = {"s": np.full((1, 1), 0.2, np.float32)}
+    asked = {"s": np.full((1, 1), 0.05, np.float32)}
 
     async def run() -> list[Any]:
         async with aio_client(server, "http") as client:
-            long = {"s": np.full((1, 1), 12.0, np.float32)}
-            calls = [asyncio.create_task(infer_aio(client, "slow", long)) for _ in range(2)]
-            await asyncio.sleep(1.0)
+            held = {"s": np.full((1, 1), -1.0, np.float32)}
+            calls = [asyncio.create_task(infer_aio(client, "slow", held)) for _ in range(2)]
+            await asyncio.sleep(0.7)
             calls += [asyncio.create_task(infer_aio(client, "slow", asked)) for _ in range(30)]
             await asyncio.sleep(0.5)
             await client.load_model("slow")
+            go()
             return await asyncio.gather(*calls)
 
     try:
         source.write_text(old.replace("seconds * 2", "seconds * 3"))
-        replies = [reply.as_numpy("t")[0, 0] for reply in asyncio.run(run())]
+        with repository.holding(models_root / "slow") as go:
+            replies = [reply.as_numpy("t")[0, 0] for reply in asyncio.run(run())]
     finally:
         source.write_text(old)
         http.load_model("slow")
-    assert np.allclose(replies[:2], 24.0)  # what ran was answered by the old one
-    assert np.allclose(replies[2:], 0.6)  # what waited, by the new one
+    assert np.allclose(replies[:2], -2.0)  # what ran was answered by the old one
+    assert np.allclose(replies[2:], 0.15)  # what waited, by the new one
 
 
 def test_a_client_that_gives_up_a_load_does_not_stop_it(spare: Path, http: Any, grpc: Any) -> None:

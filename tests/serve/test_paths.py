@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tritonclient.utils import InferenceServerException
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import Server, manta_serve, port_is_free, wait_for
 
 MODELS = ("mlp", "eager_mlp", "seed", "strings", "big")
 _PIDFD_GETFD = 438  # its number is the same on every architecture
@@ -123,6 +123,36 @@ def haproxies(server: Server) -> list[psutil.Process]:
             if process.name() == "haproxy":
                 found.append(process)
     return found
+
+
+def test_ctrl_c_reaches_the_whole_group_and_ends_well(plain: Server) -> None:
+    """A terminal sends SIGINT to every process of the foreground group, Ray's among them. The last
+    test of this server."""
+    with contextlib.closing(httpclient.InferenceServerClient(plain.http)) as client:
+        client.load_model("slow")
+    plain.stop_peeking()
+    family = plain.descendants()
+
+    async def run(go: Callable[[], None]) -> list[Any]:
+        async with aio_client(plain, "http") as client:
+            held = {"s": np.full((1, 1), -1.0, np.float32)}
+            soon = {"s": np.full((1, 1), 0.01, np.float32)}
+            calls = [
+                asyncio.create_task(infer_aio(client, "slow", each))
+                for each in (held, held, soon, soon, soon, soon)
+            ]
+            await asyncio.sleep(0.7)
+            os.killpg(plain.process.pid, signal.SIGINT)
+            await asyncio.sleep(0.4)
+            go()
+            return await asyncio.gather(*calls)
+
+    with repository.holding(plain.repository / "slow") as go:
+        replies = asyncio.run(run(go))
+    assert [reply.as_numpy("t").shape for reply in replies] == [(1, 1)] * 6
+    assert plain.process.wait(90) == 0
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive and port_is_free(plain.http_port)
 
 
 # --- two Routers, two replicas -------------------------------------------------------------------
@@ -297,3 +327,12 @@ def test_statistics_of_two_routers_are_exact(pair: Server) -> None:
         # The Router that is not asked tells once a second what it has counted.
         wait_for(lambda: counted() >= 120, 10, "both Routers have told")
         assert counted() == 120
+
+
+def test_a_killed_command_leaves_no_process_and_no_port(pair: Server) -> None:
+    """The last test of this server."""
+    family = pair.descendants()
+    assert len(family) > 5
+    pair.send(signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive and port_is_free(pair.http_port)

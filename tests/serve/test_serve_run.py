@@ -54,13 +54,14 @@ def profile() -> dict[str, str]:
         os.environ.update(before)
 
 
-@pytest.fixture(params=["router", "router+env", "serve", "serve+env"])
+# `manta serve`, which most tests here drive, is the Router's listener with the profile.
+@pytest.fixture(params=["router", "serve", "serve+env"])
 def serve_run(request: pytest.FixtureRequest, one_model: Path, tmp_path: Path) -> Iterator[Server]:
     listener, _, with_env = request.param.partition("+")
     ports = free_ports(3)
     environment = {"MANTA_MODEL_REPOSITORY": str(one_model), **(profile() if with_env else {})}
     command = [str(BIN / "serve"), "run", str(config_file(tmp_path, ports, listener))]
-    server = Server(command, ports, environment)
+    server = Server(command, ports, environment, one_model)
     try:
         server.wait_ready()
         yield server
