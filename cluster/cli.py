@@ -106,7 +106,7 @@ def load_environment(path: Path = SERVE_ENV) -> Mapping[str, str]:
 
 
 class _Signals:
-    """SIGINT and SIGTERM set a flag; repeated ones change nothing (server.md §4.6)."""
+    """SIGINT and SIGTERM set a flag; repeated ones change nothing."""
 
     def __init__(self) -> None:
         self.asked = False

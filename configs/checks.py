@@ -1,4 +1,4 @@
-"""What must hold inside one model's configuration (spec/server.md §3.2, spec/backend.md §4, §7).
+"""What must hold inside one model's configuration, with Triton's texts where it has one.
 
 Each check looks at one aspect and raises ConfigError with the field's path. Knows no files and
 no hardware: those are `complete.py`, `placement.py` and deployments/repository.py.

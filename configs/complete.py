@@ -1,4 +1,4 @@
-"""Fills what a configuration leaves out, as Triton's core does (spec/backend.md §1.2, §6.1).
+"""Fills what a configuration leaves out, as Triton's core does.
 
 Pure: gets the names of the files in the first version directory and whether a GPU exists; what a
 loaded model adds comes as plain data. Called by the Controller before a version is placed, and by

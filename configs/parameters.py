@@ -1,4 +1,4 @@
-"""A model's `parameters`, typed (spec/backend.md §5), from one table: key, rule, runtimes.
+"""A model's `parameters`, typed, from one table: key, rule, runtimes.
 
 Says what each is set to (`log_lines`) and warns of what has no effect; the effects themselves
 are deployments/instance.py, the runtimes and `placement.py`.

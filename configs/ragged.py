@@ -1,7 +1,7 @@
 """Ragged batches: inputs of unequal shapes in one batch, and what is generated and cut for them.
 
-Owns what must hold of `allow_ragged_batch`, `batch_input` and `batch_output` (spec/backend.md
-§4.7), as data. Called by `checks`, `complete`, and the two ends of a batch.
+Owns what must hold of `allow_ragged_batch`, `batch_input` and `batch_output`, as
+data. Called by `checks`, `complete`, and the two ends of a batch.
 """
 
 from __future__ import annotations

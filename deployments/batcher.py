@@ -1,4 +1,4 @@
-"""The batch call: a released group in, one result or error per member out (spec/backend.md §8).
+"""The batch call: a released group in, one result or error per member out.
 
 Owns the shape of a Batch, the cutting of a reply into rows, and the `@serve.batch` method that
 collects members. Decides nothing about when: that is the Gate, which calls `Batcher.run`. What the
@@ -42,7 +42,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemberResult:
-    """One request's share of an execution, in the model's view. Durations: spec/backend.md §8."""
+    """One request's share of an execution, in the model's view; `queue_ns` is its own time."""
 
     outputs: Mapping[str, OutputArray]
     queue_ns: int

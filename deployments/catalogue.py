@@ -170,7 +170,7 @@ class Catalogue:
         return None
 
     def failed(self) -> list[Version]:
-        """Versions that should serve and do not (server.md §4.6)."""
+        """Versions that should serve and do not."""
         return [
             version
             for version in self.versions()

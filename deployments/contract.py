@@ -1,6 +1,6 @@
 """What a request to one model version must look like, and how its answer looks to the client.
 
-Owns the checks and texts of spec/server.md §6.9 and their order (spec/backend.md §4.5), and
+Owns the checks that Triton's core makes, their texts and their order, and
 reshape in both directions. Built once per version by the directory; pure, no I/O, no clock.
 """
 

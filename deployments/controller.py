@@ -179,7 +179,7 @@ class Controller:
             raise Unavailable("the server's controller is starting; try again")
 
     async def control(self, verb: str, name: str, parameters: Mapping[str, Any]) -> None:
-        """`load` and `unload` (server.md §4.4); raises an error of ours."""
+        """`load` and `unload`; raises an error of ours."""
         if self._settings.model_control_mode != "explicit":
             raise ControlDisabled()
         if self._catalogue.closing:

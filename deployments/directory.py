@@ -1,6 +1,6 @@
 """What this Router can serve: the Controller's last snapshot, laid out for lookups by name.
 
-Owns the rules and texts of spec/server.md §1.3 for names and versions. Changes only as a whole,
+Owns Triton's rules and texts for names and versions. Changes only as a whole,
 in `update`, which the Router calls when the Controller's long poll answers; read per request.
 """
 

@@ -13,7 +13,7 @@ MantaError
 └── UnknownError
 
 An error carries facts as its args and makes its text in __str__, so it survives pickling between
-processes. Texts follow spec/server.md §1.2, §1.3, §4.4 and §6.9.
+processes. Texts are Triton's.
 """
 
 from __future__ import annotations

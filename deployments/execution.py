@@ -1,6 +1,6 @@
 """Execution: one batch through a loaded model, and what a failure means for each of its members.
 
-One bad request never hurts another (design §4): what fails together is run again apart. Runs on the
+One bad request never hurts another: what fails together is run again apart. Runs on the
 instance's thread, which owns the rest of its life. Called by `instance.py`.
 """
 

@@ -1,4 +1,4 @@
-"""The pull gate: releases a batch when a place for it is free, never before (design: the gate).
+"""The pull gate: releases a batch when a place for it is free, never before.
 
 Owns who waits for one model version and the timers. Asks the Scheduler what goes, `places` where,
 and hands both to `execute` (the Batcher); `answers` tells the waiters. Called by the lanes

@@ -1,6 +1,6 @@
 """gRPC: protobuf messages to the verbs of `inference` and back, status from our error code.
 
-Owns the texts of spec/server.md §2.2 on that form. `handle` serves any carrier; `GrpcServicer`
+Owns Triton's texts on that form. `handle` serves any carrier; `GrpcServicer`
 is for grpc.aio, `serve_proxy_method` for the Router's methods that Serve's proxy calls.
 """
 
@@ -135,7 +135,7 @@ def _parameters(entries: Mapping[str, Any]) -> dict[str, ParameterValue]:
 
 
 def encode(response: InferResponse) -> Any:
-    """Always raw (spec/server.md §2.2)."""
+    """Always raw, as Triton answers."""
     message = pb.ModelInferResponse(
         model_name=response.model_name, model_version=response.model_version, id=response.id
     )

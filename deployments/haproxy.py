@@ -1,4 +1,4 @@
-"""HAProxy as a child of this process: it ends HTTP/2 on the gRPC port (design: the gRPC lane).
+"""HAProxy as a child of this process: it ends HTTP/2 on the gRPC port.
 
 Owns its configuration, its start, its watch and its end: it never outlives this process, and it is
 started again when it dies. Knows nothing of gRPC but one path. Called by the gRPC listener.

@@ -1,6 +1,6 @@
 """HTTP: the infer call beside a route table for everything else.
 
-Translates only: bodies and paths to the verbs of `inference` and back (spec/server.md §1.1). An
+Translates only: bodies and paths to the verbs of `inference` and back. An
 ASGI app; the listener and Serve both call it. Most infer calls never get here: see `http_lane`.
 """
 
@@ -197,7 +197,7 @@ class HttpApp:
 
 
 class MetricsApp:
-    """The metrics port: one page, whose text `render` makes (spec/server.md §1.1, row 16)."""
+    """The metrics port: one page, whose text `render` makes."""
 
     def __init__(self, render: Callable[[], Awaitable[str]]) -> None:
         self._render = render

@@ -1,6 +1,6 @@
 """The infer call's HTTP form, JSON and the binary tensor extension, to types and back.
 
-Owns the texts of spec/server.md §1.4 and §1.5 on that form. Pure: no sockets, no decisions about
+Owns Triton's texts on that form. Pure: no sockets, no decisions about
 models, whose checks are in `contract`. Called by the lanes that carry HTTP.
 """
 
@@ -249,7 +249,7 @@ def _parameters(parameters: dict[str, Any]) -> dict[str, ParameterValue]:
 def _decode_raw(
     config: ModelConfig, version: str, body: bytes, settings: ServerSettings
 ) -> InferRequest:
-    """The whole body is the one tensor of a model with one input (spec/server.md §1.5)."""
+    """The whole body is the one tensor of a model with one input."""
     check_size("raw binary request", len(body), settings)
     if len(config.input) != 1:
         raise InvalidArgument(

@@ -1,6 +1,6 @@
 """HTTP answers as status, fields and body: what every road over HTTP tells in the same words.
 
-Owns the form of errors, `{"error": ...}` with the status of their code (spec/server.md §1.2), and
+Owns the form of errors, `{"error": ...}` with the status of their code, and
 the fields of an infer call's answer. Writes to nobody.
 """
 

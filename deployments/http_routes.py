@@ -1,6 +1,6 @@
 """The HTTP route table as data: what is served, and what is known and refused by name.
 
-Paths and texts of spec/server.md §1.1. The infer call's POST is not here: it has a lane of its
+Paths and texts are Triton's. The infer call's POST is not here: it has a lane of its
 own in `http`, which makes Starlette routes of the rest.
 """
 

@@ -109,7 +109,7 @@ class Inference:
         return snapshot.started and snapshot.ready
 
     def model_ready(self, name: str, version: str) -> bool:
-        """False, and no error, for what is not there (spec/server.md §1.3)."""
+        """False, and no error, for what is not there."""
         self.check_open()
         try:
             served = self._versions.find(name, version)
@@ -260,7 +260,7 @@ class Inference:
 
 
 def told(request_id: str, error: MantaError) -> MantaError:
-    """The error as Triton tells it once a request exists (spec/server.md §0)."""
+    """The error as Triton tells it once a request exists."""
     prefix = f"[request id: {request_id or '<id_unknown>'}] "
     return _PLAIN.get(error.code, UnknownError)(prefix + str(error))
 

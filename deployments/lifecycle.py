@@ -1,4 +1,4 @@
-"""Load-new, flip, drain-old: how model versions come to serve and leave (design: Reload).
+"""Load-new, flip, drain-old: how model versions come to serve and leave.
 
 Owns the order of steps. The Controller calls it; bookkeeping is the Catalogue's, what Routers have
 heard of it the Followers', Serve's side is `applications`, the disk is the Repository's.

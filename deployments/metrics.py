@@ -1,4 +1,4 @@
-"""The metrics page: Triton's names, labels and text form (spec/server.md §5.2).
+"""The metrics page: Triton's names, labels and text form.
 
 Owns the one table of families. Reads what the Aggregator has summed; counts nothing. Called by the
 Controller for the Routers' metrics port. Labels are model and version of what is loaded, so their

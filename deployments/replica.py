@@ -180,7 +180,7 @@ class ModelReplica:
     # --- health ----------------------------------------------------------------------------------
 
     async def check_health(self) -> None:
-        """Serve's health check: raises when an instance no longer moves (design: Health)."""
+        """Serve's health check: raises when an instance no longer moves."""
         stuck = self._stuck()
         if stuck:
             raise RuntimeError(stuck)

@@ -1,6 +1,6 @@
 """What is on disk: models, versions, configurations, labels. Loads nothing, remembers nothing.
 
-Every path is resolved and must stay inside its repository (spec/demands.md §6.3, S6). Texts name
+Every path is resolved and must stay inside its repository. Texts name
 paths relative to the repository. Called by the Controller, and by replicas to check their files.
 """
 

@@ -1,6 +1,6 @@
 """Scatter: an output of a ragged batch cut by the shapes of the members' own inputs.
 
-Owns `batch_output` (spec/backend.md §4.7): which elements of a flat output are whose, and in what
+Owns `batch_output`: which elements of a flat output are whose, and in what
 shape. Views only, and nothing of rows, which are the `batcher`'s, who calls it.
 """
 

@@ -1,4 +1,4 @@
-"""When a batch goes and what is in it: queue policy as plain data (spec/server.md §6.1, §6.3).
+"""When a batch goes and what is in it: queue policy as plain data.
 
 Owns the order of waiting requests of one model version, rows, preferred sizes, delay and limits.
 Has no clock (times are int nanoseconds given by the caller), no asyncio and no idea of what runs a
@@ -45,7 +45,7 @@ class BatchPolicy:
 
 
 def policy(config: ModelConfig, settings: QueueLimits) -> BatchPolicy:
-    """Without a `dynamic_batching` block requests are never merged (spec/server.md §6.1)."""
+    """Without a `dynamic_batching` block requests are never merged, as in Triton."""
     batching = config.dynamic_batching
     max_rows = max(1, config.max_batch_size)
     return BatchPolicy(

@@ -1,4 +1,4 @@
-"""Cumulative statistics per model version, as Triton counts (spec/server.md §5.1).
+"""Cumulative statistics per model version, as Triton counts.
 
 `Recorder` counts in a Router, `Aggregator` sums the Routers in the Controller and answers the
 statistics verb and the metrics. What travels between them are running totals of what changed, so a

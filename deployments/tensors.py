@@ -1,6 +1,6 @@
 """Bytes, JSON and BYTES to arrays and back, with the checks that need no model (numpy only).
 
-Owns the texts of spec/server.md §1.4, §1.5 and §6.9 on sizes, counts and data types. Knows no
+Owns Triton's texts on sizes, counts and data types. Knows no
 protocol and no model configuration. The edges call it for inputs and outputs.
 """
 
@@ -46,7 +46,7 @@ def datatype_of(name: str, wire: str) -> dtypes.DataType:
 
 
 def element_count(name: str, shape: tuple[int, ...], max_rank: int = MAX_RANK) -> int:
-    """Elements of a shape; refuses what no array can have (spec/server.md §1.4)."""
+    """Elements of a shape; refuses what no array can have."""
     most = min(max_rank, MAX_RANK)
     if len(shape) > most:
         raise InvalidArgument(
@@ -139,7 +139,7 @@ def decode_bytes(name: str, data: Array) -> list[bytes]:
 
 
 def check_strings(name: str, data: Array, expected: int, model: str) -> None:
-    """BYTES input `name` holds exactly `expected` whole elements (spec/server.md §6.9)."""
+    """BYTES input `name` holds exactly `expected` whole elements."""
     got = len(decode_bytes(name, data))
     if got < expected:
         raise InvalidArgument(

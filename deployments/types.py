@@ -126,7 +126,7 @@ class Part:
     """The outcome of one execution for `members` (indices into the batch, ascending).
 
     A batch is one part unless it had to be run again in pieces. Either `outputs` is whole or
-    `error` says why not. Durations are those of spec/backend.md §8, per execution.
+    `error` says why not. Durations are those that Triton counts, per execution.
 
     `run_rows` is -1 where `outputs` holds the rows of all members one after another. Else this is
     the answer to one member alone, as it is, and so many rows are counted with it as an execution:
@@ -158,7 +158,7 @@ class BatchReply:
 
 
 class ModelState(str, Enum):
-    """The repository index's states (spec/server.md §1.12)."""
+    """The repository index's states."""
 
     UNKNOWN = "UNKNOWN"
     LOADING = "LOADING"

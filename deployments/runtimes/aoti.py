@@ -1,4 +1,4 @@
-"""AOT Inductor packages: compiled models with a fixed call spec (spec/backend.md §3).
+"""AOT Inductor packages: compiled models with a fixed call spec.
 
 Owns loading, the checks that a package needs beyond its own, and the call. The compiled code does
 not look at its inputs unless AOTI_RUNTIME_CHECK_INPUTS is set before its first run. Loads with the

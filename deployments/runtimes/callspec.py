@@ -1,6 +1,6 @@
-"""An AOTI package's call spec: two JSON trees (spec/backend.md §3.1) as a closed signature.
+"""An AOTI package's call spec: two JSON trees as a closed signature.
 
-Owns what structures are refused (§3.4). Pure, no torch; called by `aoti.py`.
+Owns what structures are refused. Pure, no torch; called by `aoti.py`.
 """
 
 from __future__ import annotations

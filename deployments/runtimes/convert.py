@@ -1,6 +1,6 @@
 """The torch half of tensors: members' arrays in, one batch tensor; model outputs out, host arrays.
 
-Owns datatypes and copies (spec/backend.md §2.8, §4); strings are `strings`. Runs on the instance's
+Owns datatypes and copies; strings are `strings`. Runs on the instance's
 thread; does not know batches' fate, only values. Called by `execution`.
 """
 
@@ -93,7 +93,7 @@ def _carrier(tensor: torch.Tensor) -> Array:
 
 
 def check_output(output: ModelOutput, value: object) -> None:
-    """Raises InvalidArgument or ExecutionFailed; the shape is the model's own affair (§2.8)."""
+    """Raises InvalidArgument or ExecutionFailed; the shape is the model's own affair."""
     if not isinstance(value, torch.Tensor) and strings.is_text(value):
         if output.data_type != "TYPE_STRING":
             raise _mismatch(output, "TYPE_STRING")

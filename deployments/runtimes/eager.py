@@ -1,4 +1,4 @@
-"""Eager models: an nn.Module class in a .py file, weights beside it (spec/backend.md §1.4).
+"""Eager models: an nn.Module class in a .py file, weights beside it.
 
 Owns the import, the weights, `torch.compile` and the call. The file is the repository owner's
 code and runs with the replica's rights; weights are never unpickled beyond plain tensors.

@@ -1,6 +1,6 @@
 """What torch raised: out of memory, a lost device, or the model's own error; and its clean text.
 
-No host path, address or traceback leaves here (design: Errors). Used by runtimes and `instance.py`.
+No host path, address or traceback leaves here. Used by runtimes and `instance.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the configured outputs in whatever a model returned (spec/backend.md §2.7, §2.8).
+"""Finds the configured outputs in whatever a model returned.
 
 For TorchScript and eager models, whose result is known only once they ran.
 """

@@ -1,6 +1,6 @@
 """Ragged batches on the replica: inputs laid flat, and inputs that tell a model about its batch.
 
-Owns the contents of `batch_input` (spec/backend.md §4.7) and where a model takes them. What comes
+Owns the contents of `batch_input`, as Triton fills it, and where a model takes them. What comes
 out is cut by the Router (`scatter`). Called by `execution` and by the runtimes' `load`.
 """
 

@@ -1,4 +1,4 @@
-"""What torch must be set to before a model runs (spec/backend.md §5): per process and per thread.
+"""What torch must be set to before a model runs: per process and per thread.
 
 A replica process serves one model version, so that what is global in torch is that model's own.
 Called by `instance.py` on the instance's thread; parsing the values is configs/parameters.py.
@@ -45,7 +45,7 @@ def apply_thread(parameters: ModelParameters, kind: RuntimeKind, threads: int | 
     """OpenMP and the JIT keep these per thread. `threads`: intra-op count when none is given."""
     chosen = threads
     if kind == "eager":
-        # NUM_THREADS is 1 unless given, whatever the machine has (§5.4).
+        # NUM_THREADS is 1 unless given, whatever the machine has.
         chosen = parameters.num_threads
     elif parameters.intra_op_thread_count is not None:
         chosen = parameters.intra_op_thread_count
@@ -94,7 +94,7 @@ def thread_lines(
 
 
 def guard(parameters: ModelParameters, kind: RuntimeKind) -> AbstractContextManager[Any]:
-    """Around load and every execution: autograd is off either way (§5.2). A model of the Python
+    """Around load and every execution: autograd is off either way. A model of the Python
     backend decides for itself."""
     if kind == "python":
         return nullcontext()

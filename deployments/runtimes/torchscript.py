@@ -1,4 +1,4 @@
-"""TorchScript: `torch.jit` modules, scripted, traced or frozen (spec/backend.md §2).
+"""TorchScript: `torch.jit` modules, scripted, traced or frozen.
 
 Owns loading and the call; what `forward` takes is read by `schema.py`. Thread and process settings
 are elsewhere.
@@ -77,7 +77,7 @@ def read(path: Path, model: str, device: str, kind: str, where: str) -> tuple[An
     reason = archives.refuse_torchscript(archives.inspect(path))
     if reason:
         raise ConfigError(reason, file=where)
-    # KIND_MODEL respects the devices that the file names (§6.2).
+    # KIND_MODEL respects the devices that the file names.
     target = None if kind == "KIND_MODEL" else torch.device(device)
     try:
         with warnings.catch_warnings():

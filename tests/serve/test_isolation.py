@@ -1,4 +1,4 @@
-"""One bad request in a batch of eight hurts nobody else (design: One bad request)."""
+"""One bad request in a batch of eight hurts nobody else."""
 
 from __future__ import annotations
 

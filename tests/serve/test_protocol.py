@@ -1,4 +1,4 @@
-"""The surface (spec/server.md §1 to §4) over both protocols, with stock clients and bare HTTP."""
+"""Triton's surface over both protocols, with stock clients and bare HTTP."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def reported(aggregator, name="m", version="1"):
 
 
 def test_a_batch_of_two_single_rows():
-    """The example of spec/server.md §5.1, to the letter."""
+    """Counts and times as Triton has them, to the letter."""
     router, aggregator = recorder(), Aggregator()
     aggregator.open(KEY, 1.5)
     two_in_a_batch(router.counters(KEY))
