@@ -29,7 +29,7 @@ CYCLES = int(os.environ.get("MANTA_LEAK_CYCLES", "50"))
 # So many are not looked at: caches fill, and libraries are loaded at their first use.
 WARM = 10
 # What an allocator keeps and gives back goes up and down by this much, leak or no leak.
-RSS_LIMIT_BYTES = 10 << 20
+RSS_LIMIT_BYTES = 8 << 20
 # 4 MB a tensor: it travels in shared memory.
 WIDTH = 1 << 20
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]

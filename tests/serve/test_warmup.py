@@ -161,7 +161,7 @@ def test_strings_from_a_file(models_root: Path, http: Any, grpc: Any) -> None:
     file.write_bytes(serialize_byte_tensor(two[:1]).item())
     http.load_model("warm_words")
     reply = infer(grpc, "warm_words", {"words": np.array([[b"hi"]], object)})
-    assert reply.as_numpy("OUTPUT__0").tolist() == [b"hi!"]
+    assert reply.as_numpy("OUTPUT__0").tolist() == [[b"hi!"]]
 
 
 def test_a_failing_sample_fails_the_load_until_its_data_is_mended(
