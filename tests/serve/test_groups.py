@@ -161,7 +161,8 @@ def test_with_passive_instances_alone_a_model_refuses_at_once(
             infer(client, "resting", {"x": x})
         assert caught.value.status() in ("503", "StatusCode.UNAVAILABLE")
         assert caught.value.message() == (
-            "model 'resting' has no active instances: all its instance groups are passive"
+            "[request id: <id_unknown>] model 'resting' has no active instances: all its instance "
+            "groups are passive"
         )
         # The control: the same model, active.
         repository.write_config(models_root, "resting", text + group % "false")

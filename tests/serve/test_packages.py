@@ -36,8 +36,8 @@ def packages(server: Server, models_root: Path, seed_package: Path) -> Iterator[
         rewrite(seed_package, models.version_folder(root, name) / "model.pt2", old, new)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        x = torch.ones(2, 4)
-        made = torch.export.export(Keywords(), (), {"left": x, "more": {"a": [x, x]}})
+        x, y, z = torch.ones(3, 2, 4).unbind()  # one tensor thrice would be one input thrice
+        made = torch.export.export(Keywords(), (), {"left": x, "more": {"a": [y, z]}})
         torch.export.save(made, str(models.version_folder(root, "keywords") / "model.pt2"))
     with httpclient.InferenceServerClient(server.http, network_timeout=240) as client:
         client.load_model("keywords")
