@@ -133,7 +133,7 @@ def load(
     target = torch.device(device)
     if kind == "KIND_MODEL" and torch.cuda.is_available():
         target = torch.device("cuda:0")
-    vetting.check(path, found.document, where)
+    vetting.check(path, where)
     if parameters.compile_on_load:
         if found.constants:
             raise ConfigError(

@@ -20,9 +20,16 @@ import torch
 
 from configs.errors import ConfigError
 
-_PAYLOADS = re.compile(r"data/(weights|constants)/\w+_config\.json")
-_PICKLED = re.compile(r"data/(weights|constants)/(\w+\.pt|custom_obj_\d+|opaque_obj_\d+)")
+_PROGRAM = "models/model.json"
 _SAMPLE = "data/sample_inputs/model.pt"
+_PAYLOADS = re.compile(r"data/(weights|constants)/model_\1_config\.json")
+_PICKLED = re.compile(r"data/(weights|constants)/(.+\.pt|(custom|opaque)_obj_.*)")
+_PLAIN = re.compile(r"(weight|tensor)_\d+")
+_PARTS = re.compile(
+    rf"{re.escape(_PROGRAM)}|{re.escape(_SAMPLE)}|{_PAYLOADS.pattern}"
+    rf"|data/(weights|constants)/{_PLAIN.pattern}"
+    r"|extra/.*|archive_format|archive_version|byteorder|version|\.\w+|\.data/\w+"
+)
 
 _OPERATOR = re.compile(
     r"torch\.ops\.(?!load_|import_|loaded_|_(?!quantized\.))(?!\w*__)\w+(\.(?!_?_?\w*__)\w+){1,2}"
@@ -34,6 +41,7 @@ _OPERATOR = re.compile(
 _REFUSED_OPERATORS = ("torch.ops.aten.from_file", "torch.ops.aten.save", "torch.ops.aten.load")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _PATH = re.compile(r"""[^'"\\\n\r(){}]*""")
+_TREES = ("in_spec", "out_spec")
 _NAMED = ("name", "forward_arg_names")
 _PATHS = ("parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name", "fqn")
 
@@ -49,34 +57,44 @@ _CONSTANTS = frozenset("true false oo int_oo inf L math".split())
 _OF_TENSORS = frozenset(("size", "stride", "storage_offset", "dim"))
 
 
-def check(path: Path, document: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError, whose file is `where`."""
+def check(path: Path, where: str) -> None:
+    """Raises ConfigError, whose file is `where`.
+
+    The archive is read with torch's own reader: another one may find other records in it.
+    """
     try:
-        reason = _pickles(path) or next(_texts(document), "")
-    except (ValueError, AttributeError, zipfile.BadZipFile):
+        reason = _older(path) or _told(torch._C.PyTorchFileReader(str(path)))
+    except (ValueError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile):
         reason = "the archive cannot be read"
     if reason:
         raise ConfigError(f"this program is not loaded: {reason}", file=where)
 
 
-def _pickles(path: Path) -> str:
-    """The first thing in the archive that only an unrestricted unpickler would take."""
+def _older(path: Path) -> str:
+    """Where torch does not find what it looks for, it tries the form that it once had."""
     with zipfile.ZipFile(path) as archive:
-        for full in archive.namelist():
-            name = full.partition("/")[2]
-            if _PICKLED.fullmatch(name):
-                return f"'{name}' is a pickle, and unpickling runs code"
-            if _PAYLOADS.fullmatch(name):
-                listed = json.loads(archive.read(full)).get("config", {})
-                for weight, facts in listed.items():
-                    if facts.get("use_pickle"):
-                        return f"'{weight}' is a pickle, and unpickling runs code"
-            if name == _SAMPLE:
-                try:
-                    torch.load(io.BytesIO(archive.read(full)), weights_only=True)
-                except Exception:  # whatever the unpickler finds: torch would go on without limits
-                    return "its sample inputs hold more than plain tensors; unpickling runs code"
+        if "version" in archive.namelist():
+            return "it has the form of torch 2.7, whose parts are pickles"
     return ""
+
+
+def _told(reader: Any) -> str:
+    """The first thing that is more than data; torch loads whatever program an archive holds."""
+    for name in reader.get_all_records():
+        if _PICKLED.fullmatch(name):
+            return f"'{name}' is a pickle, and unpickling runs code"
+        if not _PARTS.fullmatch(name):
+            return f"'{name[:80]}' in it is not part of the program 'model'"
+        if _PAYLOADS.fullmatch(name):
+            for weight, facts in json.loads(reader.get_record(name)).get("config", {}).items():
+                if facts.get("use_pickle") or not _PLAIN.fullmatch(facts["path_name"]):
+                    return f"'{weight}' is a pickle, and unpickling runs code"
+        if name == _SAMPLE:
+            try:
+                torch.load(io.BytesIO(reader.get_record(name)), weights_only=True)
+            except Exception:  # whatever the unpickler finds: torch would go on without limits
+                return "its sample inputs hold more than plain tensors; unpickling runs code"
+    return next(_texts(json.loads(reader.get_record(_PROGRAM))), "")
 
 
 def _texts(document: Mapping[str, Any]) -> Iterator[str]:
@@ -90,8 +108,10 @@ def _texts(document: Mapping[str, Any]) -> Iterator[str]:
     for key, value in _walk(document):
         if key == "expr_str" and not _harmless(value, tensors=False):
             yield f"its size '{str(value)[:80]}' is no expression of sizes"
-        elif key == "target" and not _is_operator(value):
+        elif key in ("target", "as_operator") and not _is_operator(value):
             yield f"it calls '{str(value)[:80]}', which is none of torch's operators"
+        elif key in _TREES and _imports(value):
+            yield "the structure of its inputs or outputs names a module to import"
         elif key in _NAMED and not all(map(_is(_NAME), _strings(value))):
             yield f"'{str(value)[:80]}' is no name"
         elif key in _PATHS and not all(map(_is(_PATH), _strings(value))):
@@ -107,6 +127,19 @@ def _walk(node: Any) -> Iterator[tuple[str, Any]]:
             pending += one.values()
         elif isinstance(one, list):
             pending += one
+
+
+def _imports(tree: Any) -> bool:
+    """Whether a key in a structure is an Enum's, whose module torch would import."""
+    contexts = [v for key, v in _walk(json.loads(tree) if tree else None) if key == "context"]
+    for context in contexts:
+        try:
+            found = json.loads(context)
+        except (TypeError, ValueError):
+            continue  # torch reads it as JSON, or by a type's own reader
+        if any(key == "__enum__" for key, _ in _walk(found)):
+            return True
+    return False
 
 
 def _strings(value: Any) -> list[str]:

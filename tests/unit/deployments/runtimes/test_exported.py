@@ -18,7 +18,7 @@ from configs.model import ModelConfig
 from configs.parameters import ModelParameters
 from deployments import archives, runtimes
 from deployments.errors import InvalidArgument
-from deployments.runtimes import autocomplete, compiling, exported, program, vetting
+from deployments.runtimes import autocomplete, compiling, exported, vetting
 from tests import models
 
 BARE = ModelConfig(name="m", backend="pytorch", platform="torch_export", open_batch=True)
@@ -189,6 +189,19 @@ def rewrite(path: Path, target: Path, changes) -> Path:
     return target
 
 
+def described(path: Path, target: Path, more) -> Path:
+    """A copy whose program says `more`."""
+    return rewrite(
+        path,
+        target,
+        lambda name, data: (
+            json.dumps({**json.loads(data), **more}).encode()
+            if name == "models/model.json"
+            else data
+        ),
+    )
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("/tmp/manta-was-here"),))
@@ -196,7 +209,7 @@ class Evil:
 
 def test_pickles_are_refused(seed, tmp_path):
     """torch.export.load would run them; the control is the same archive without."""
-    vetting.check(seed, program.read(seed, "m").document, "m")
+    vetting.check(seed, "m")
 
     def evil(name, data):
         return pickle.dumps(Evil()) if name == "data/sample_inputs/model.pt" else data
@@ -219,8 +232,63 @@ def test_weights_that_are_pickles_are_refused(odd, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model/data/constants/opaque_obj_evil", "is a pickle"),
+        ("model/data/constants/custom_obj_0", "is a pickle"),
+        ("model/data/weights/an-other.pt", "is a pickle"),
+        ("model/models/other.json", "'models/other.json' in it is not part of the program"),
+        ("model/models/MODEL.JSON", "'models/MODEL.JSON' in it is not part of the program"),
+        ("model/data/sample_inputs/other.pt", "not part of the program"),
+        ("elsewhere/models/model.json", "cannot be read"),
+        ("version", "torch 2.7"),
+    ],
+)
+def test_what_torch_would_load_beside_the_program(seed, tmp_path, name, reason):
+    """The control: a file among the extra ones, which torch only reads."""
+    with zipfile.ZipFile(seed) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+    for added in (f"{root}/extra/notes.txt", name.replace("model/", f"{root}/", 1)):
+        path = rewrite(seed, tmp_path / "model.pt2", lambda _, data: data)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(added, pickle.dumps(Evil()))
+        if "/extra/" in added:
+            vetting.check(path, "m")
+    with pytest.raises(ConfigError, match=f"not loaded: .*{reason}"):
+        vetting.check(path, "m")
+
+
+def test_constants_that_name_a_pickle_are_refused(seed, tmp_path):
+    """Wherever it lies: torch unpickles what a constant's path says."""
+    entry = {"path_name": "opaque_obj_/../../../extra/evil", "use_pickle": False}
+
+    def named(name, data):
+        if not name.endswith("model_constants_config.json"):
+            return data
+        return json.dumps({"config": {"c": entry}}).encode()
+
+    with pytest.raises(ConfigError, match="'c' is a pickle"):
+        vetting.check(rewrite(seed, tmp_path / "model.pt2", named), "m")
+
+
+ENUM = json.dumps({"__enum__": True, "fqn": "antigravity:x", "name": "y"})
+ENUM_SPEC = json.dumps(
+    [
+        1,
+        {
+            "type": "builtins.tuple",
+            "context": ENUM.replace("__en", "\\u005f_en"),
+            "children_spec": [],
+        },
+    ]
+)
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"extra": [{"as_operator": "torch.hub.load"}]}, "none of torch's operators"),
+        ({"extra": [{"in_spec": ENUM_SPEC}]}, "names a module to import"),
         ({"guards_code": ["__import__('os').getpid()"]}, "guard .* more than a comparison"),
         ({"guards_code": ["L['x'].numpy().tofile('a') == 1"]}, "guard .* more than a comparison"),
         ({"extra": [{"expr_str": "exec('1')"}]}, "no expression of sizes"),
@@ -234,16 +302,15 @@ def test_weights_that_are_pickles_are_refused(odd, tmp_path):
         ({"extra": [{"parameter_name": 'a")'}]}, "no name"),
     ],
 )
-def test_texts_that_would_be_evaluated(seed, change, reason):
-    document = {**program.read(seed, "m").document, **change}
+def test_texts_that_would_be_evaluated(seed, tmp_path, change, reason):
     with pytest.raises(ConfigError, match=reason):
-        vetting.check(seed, document, "m/1/model.pt2")
+        vetting.check(described(seed, tmp_path / "model.pt2", change), "m/1/model.pt2")
 
 
-def test_texts_of_real_programs_pass(odd):
+def test_texts_of_real_programs_pass(odd, tmp_path):
     for guard in ("Mod(L['x'].size()[0], 2) == 0", "L['a']['b'].stride()[1] >= math.floor(2.5)"):
         document = {"guards_code": [guard], "extra": [{"expr_str": "Mul(Integer(2), s0)"}]}
-        vetting.check(odd[1], document, "m")
+        vetting.check(described(odd[1], tmp_path / "model.pt2", document), "m")
 
 
 def test_other_files(tmp_path):
