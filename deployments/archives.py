@@ -9,11 +9,18 @@ from __future__ import annotations
 import json
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 _PICKLE_LIMIT_BYTES = 64 << 20  # a data.pkl holds structure, not weights
+# What reading an archive raises that is cut off, damaged, encrypted, or made so that it cannot be
+# read.
+UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
+    *(ValueError, TypeError, AttributeError, IndexError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +46,8 @@ def inspect(path: Path) -> Archive:
     try:
         with zipfile.ZipFile(path) as archive:
             return _look(archive)
-    except (zipfile.BadZipFile, EOFError, ValueError, IndexError, NotImplementedError):
-        return Archive("unknown")  # cut off, or made so that it cannot be read
+    except UNREADABLE:
+        return Archive("unknown")
 
 
 def _look(archive: zipfile.ZipFile) -> Archive:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from deployments import archives
+
 from .leaves import Leaf, Size
 
 _SOURCE_LIMIT_BYTES = 256 << 20
@@ -46,7 +48,7 @@ def read(path: Path) -> Package:
 
 
 def _readable(path: Path) -> list[str]:
-    with contextlib.suppress(zipfile.BadZipFile):
+    with contextlib.suppress(*archives.UNREADABLE):
         return list(_sources(path))
     return []
 

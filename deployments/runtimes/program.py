@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from deployments import archives
 from deployments.signature import Signature
 
 from .callspec import parse_call_spec
@@ -45,7 +46,7 @@ _CONSTANTS = ("as_int", "as_float", "as_bool", "as_string")
 class Program:
     """`inputs` and `outputs` are tensors by flattened position; `constants` are the inputs that are
     none, which a program takes as they were when it was exported. `count` is that of all inputs.
-    `document` is the JSON itself; `updates` names the buffers that a run changes, `device` is the
+    `updates` names the buffers that a run changes, `device` is the
     kind of device that it was exported on."""
 
     signature: Signature
@@ -55,7 +56,6 @@ class Program:
     count: int
     updates: tuple[str, ...]
     device: str
-    document: Mapping[str, Any]
 
 
 def read(path: Path, where: str) -> Program:
@@ -80,7 +80,7 @@ def _document(path: Path, where: str) -> dict[str, Any]:
             raise ConfigError("the archive has no program that can be read", file=where)
         try:
             document = json.loads(archive.read(names[0]))
-        except (ValueError, RecursionError, zipfile.BadZipFile) as error:
+        except archives.UNREADABLE as error:
             raise ConfigError("the program's description cannot be read", file=where) from error
     return document if isinstance(document, dict) else {}
 
@@ -128,7 +128,6 @@ def _parse(document: dict[str, Any]) -> Program:
         count=len(given),
         updates=_updates(graph, signature),
         device="cpu" if devices == {"cpu"} else max(devices),
-        document=document,
     )
 
 

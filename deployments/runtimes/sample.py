@@ -17,6 +17,7 @@ import torch
 from configs import dtypes, warmup
 from configs.errors import ConfigError
 from configs.model import ModelConfig
+from deployments import archives
 from deployments import warmup as warming
 from deployments.repository import SAMPLE
 from deployments.types import Array
@@ -47,8 +48,11 @@ def _arrays(path: Path, where: str) -> dict[str, Array]:
             if sum(info.file_size for info in archive.infolist()) > _LIMIT_BYTES:
                 raise ValueError("it inflates beyond the limit")
         with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+            arrays = {name: found[name] for name in found.files}
+            if others := [n for n, one in arrays.items() if not isinstance(one, np.ndarray)]:
+                raise ValueError(f"{others[0]} is none")
+            return arrays
+    except (OSError, KeyError, *archives.UNREADABLE) as error:
         raise ConfigError(
             f"this is no file of plain arrays by numpy.savez: {error}", file=where
         ) from error
@@ -65,9 +69,13 @@ def named(arrays: Mapping[str, Array], arguments: Sequence[str], where: str) -> 
 
 def value(array: Array, where: str = SAMPLE) -> Value:
     if array.dtype.kind in "US":
-        return [str(one, "utf-8") if isinstance(one, bytes) else str(one) for one in array.ravel()]
+        try:
+            return [one.decode() if isinstance(one, bytes) else str(one) for one in array.ravel()]
+        except UnicodeDecodeError as error:
+            raise ConfigError("its strings must be UTF-8", file=where) from error
     try:
-        tensor: torch.Tensor = torch.from_numpy(np.array(array, order="C", ndmin=array.ndim))
+        native = array.astype(array.dtype.newbyteorder("="), order="C")
+        tensor: torch.Tensor = torch.from_numpy(native)
     except TypeError as error:
         raise ConfigError(f"torch has no type for {array.dtype}", file=where) from error
     return tensor

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from configs.errors import ConfigError
+from deployments import archives
 from deployments.signature import Signature
 from deployments.structure import STRINGS, TENSOR, Argument, Forward, Slot, Structure, canonical
 
@@ -93,6 +94,6 @@ def named_fields(path: Path) -> dict[str, tuple[str, ...]]:
                 code = archive.read(entry).decode("utf-8", "replace")
                 for name, body in _NAMED_TUPLE.findall(code):
                     found[f"{module}.{name}"] = tuple(_FIELD.findall(body))
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
+    except (OSError, *archives.UNREADABLE):
         return {}  # torch reads what it can; fields then have numbers only
     return found

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 import torch
 
@@ -53,4 +55,14 @@ def test_archives_that_cannot_be_read(tmp_path, seed_package):
         assert archives.inspect(path).kind == "unknown"
     path.write_bytes(data.replace(b'{"AOTI_DEVICE_KEY"', b'["AOTI_DEVICE_KEY"'))
     assert archives.inspect(path).kind == "unknown"
+    name = "m/data/aotinductor/model/m_metadata.json"
+    for text, damaged in (("[1]", False), ("{}" * 40, True), ("[" * 100_000, False)):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(name, text)
+        if damaged:  # the compressed data itself
+            start = 30 + len(name)
+            whole = bytearray(path.read_bytes())
+            whole[start : start + 4] = b"\xff" * 4
+            path.write_bytes(whole)
+        assert archives.inspect(path).kind == "unknown"
     assert archives.inspect(seed_package).kind == "aoti"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,7 @@ def test_without_a_sample_it_says_what_is_missing(tmp_path):
         ({"a": HALF}, "does not run on it|b"),
         ({"a": HALF, "b": HALF[:, :3]}, "the model does not run on it: .*The size of tensor"),
         ({"a": np.array([{}], object), "b": HALF}, "no file of plain arrays"),
+        ({"a": np.array([b"\xff"]), "b": HALF}, "its strings must be UTF-8"),
     ],
 )
 def test_samples_that_are_none(tmp_path, sample, reason):
@@ -158,6 +161,16 @@ def test_samples_that_are_none(tmp_path, sample, reason):
 
 def test_a_file_that_is_no_sample(tmp_path):
     path = saved(models.add_sub(), tmp_path)
-    (path.parent / "sample_input.npz").write_bytes(b"nothing")
+    sample = path.parent / "sample_input.npz"
+    sample.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="model/1/sample_input.npz: this is no file of plain"):
         complete(path)
+    with zipfile.ZipFile(sample, "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    with pytest.raises(ConfigError, match="no file of plain arrays by numpy.savez: notes.txt"):
+        complete(path)
+
+
+def test_arrays_of_another_byte_order(tmp_path):
+    path = saved(models.add_sub(), tmp_path, a=HALF.astype(">f4"), b=HALF)
+    assert read(complete(path).input)[0] == ("a", "TYPE_FP32", (4,), False)
