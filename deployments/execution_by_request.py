@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.dtypes import from_config
@@ -96,8 +96,8 @@ class ExecutionByRequest:
     def _run_once(self, batch: Batch, members: tuple[int, ...]) -> list[Part]:
         self._trying()
         if self._calls is not None:
-            waiting = max((one.chain for one in batch.facts), key=len, default=())
-            self._calls.chain = (*waiting, self._config.name)
+            own = f"{self._config.name}/{self._model.version}"
+            self._calls.chain = (*_waiting(batch.facts), own)
         started = time.perf_counter_ns()
         # What a model changes in place is not what a second try would have to start from.
         keep = len(members) > 1
@@ -196,6 +196,17 @@ def _checked(answer: object, count: int) -> list[InferenceResponse]:
 
 def _named(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _waiting(facts: Sequence[RequestFacts]) -> tuple[str, ...]:
+    """The models that wait for this run: of each as many instances as wait for one of its requests.
+    Two requests may come from one run of another model, so that they are not added up."""
+    chains = [one.chain for one in facts if one.chain]
+    together = list(max(chains, key=len)) if chains else []
+    for chain in chains:
+        for name in dict.fromkeys(chain):
+            together[:0] = [name] * (chain.count(name) - together.count(name))
+    return tuple(together)
 
 
 def _member(batch: Batch, index: int, k: int) -> Array | None:

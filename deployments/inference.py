@@ -173,17 +173,18 @@ class Inference:
     async def infer_for_model(self, request: InferRequest) -> InferResponse:
         """For a model that runs, and for those that wait for it.
 
-        Each of them keeps an instance. One that would have to wait for an instance of its own model
-        when all are kept so would wait until its time is over.
+        Each of them keeps an instance. One that would have to wait for an instance of its own
+        version when all are kept so would wait until its time is over.
         """
-        name = request.model_name
-        kept = request.chain.count(name)
-        if kept:
-            served = self._versions.find(name, request.model_version)
-            if kept >= sum(target.slots for target in served.snapshot.targets):
+        if request.chain:
+            served = self._versions.find(request.model_name, request.model_version).snapshot
+            asked = f"{served.model_name}/{served.version}"
+            kept = request.chain.count(asked)
+            if kept and kept >= sum(target.slots for target in served.targets):
                 raise Unavailable(
-                    f"model '{name}' is called by itself ({' -> '.join(request.chain)} -> {name}) "
-                    "and has no instance left that could answer"
+                    f"model '{served.model_name}' is called by itself "
+                    f"({' -> '.join((*request.chain, asked))}) and has no instance left that could "
+                    "answer"
                 )
         return await self.infer(request, accepted=True)
 

@@ -51,7 +51,8 @@ class RequestedOutput:
 class InferRequest:
     """`model_version` "" means the newest ready one; no `outputs` means all of them.
 
-    `chain` names the models that wait for the answer, outermost first, where a model asks.
+    `chain` has the versions (`name/1`) that wait for the answer, outermost first, where a model
+    asks.
     """
 
     model_name: str

@@ -1,6 +1,6 @@
 """The seam through which a model calls others, and the clock that stands meanwhile.
 
-Owns no way of its own: the replica has it (`deployments/calls.py`). Called by `messages` and
+Owns no way of its own: the replica has it (`deployments/neighbours.py`). Called by `messages` and
 `surface` on the instance's thread, or on any thread of the model's.
 """
 

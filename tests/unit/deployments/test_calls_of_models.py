@@ -43,11 +43,12 @@ def test_while_the_server_ends_what_was_accepted_still_calls_others():
     ("chain", "slots", "refused"),
     [
         ((), 1, False),
-        (("other",), 1, False),
-        (("linear",), 1, True),
-        (("linear", "other"), 1, True),
-        (("linear", "other"), 2, False),
-        (("linear", "other", "linear"), 2, True),
+        (("other/1",), 1, False),
+        (("linear/7",), 1, False),  # another version has instances of its own
+        (("linear/1",), 1, True),
+        (("linear/1", "other/1"), 1, True),
+        (("linear/1", "other/1"), 2, False),
+        (("linear/1", "other/1", "linear/1"), 2, True),
     ],
 )
 def test_a_call_that_could_only_wait_for_itself_is_refused_at_once(chain, slots, refused):
@@ -64,5 +65,5 @@ def test_a_call_that_could_only_wait_for_itself_is_refused_at_once(chain, slots,
     with pytest.raises(Unavailable, match="'linear' is called by itself") as caught:
         ask(server.inference, asked)
     assert caught.value.code is Code.UNAVAILABLE
-    assert " -> ".join((*chain, "linear")) in str(caught.value)
+    assert " -> ".join((*chain, "linear/1")) in str(caught.value)
     assert server.gates["linear"].submitted == []

@@ -11,7 +11,7 @@ import pytest
 
 from configs.model import ModelInput, ModelOutput
 from configs.parameters import ModelParameters
-from deployments import tensors
+from deployments import execution_by_request, tensors
 from deployments.desk import SendAgain
 from deployments.doorway import Doorway
 from deployments.errors import Internal, InvalidArgument, NotFound
@@ -322,3 +322,16 @@ def test_finalize_is_called_when_the_instance_closes(start, tmp_path):
     assert not mark.exists()
     instance.close()
     assert mark.exists()
+
+
+def test_whoever_waits_for_a_run_is_told_to_those_that_it_calls():
+    """Of each model as many as wait for one of its requests."""
+
+    def waiting(*chains):
+        facts = tuple(RequestFacts(chain=chain) for chain in chains)
+        return execution_by_request._waiting(facts)
+
+    assert waiting() == waiting((), ()) == ()
+    assert waiting(("a/1", "b/1"), (), ("a/1", "b/1")) == ("a/1", "b/1")
+    assert sorted(waiting(("a/1",), ("c/1",))) == ["a/1", "c/1"]
+    assert sorted(waiting(("a/1", "b/1"), ("a/1", "a/1"))) == ["a/1", "a/1", "b/1"]
