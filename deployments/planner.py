@@ -184,6 +184,8 @@ def fingerprint(
         sorted(settings.environment.items()),
         settings.max_execution_s,
         settings.logical_gpus,
+        settings.disable_auto_complete_config,
+        settings.compile_cache,
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

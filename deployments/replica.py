@@ -152,9 +152,9 @@ class ModelReplica:
         )
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
-            for instance in self._instances:
-                instance.close()
-            self._instances = []
+            instances, self._instances = self._instances, []
+            # On threads: a model's finalize may call others, which takes this loop.
+            await asyncio.gather(*(asyncio.to_thread(one.close) for one in instances))
             first = errors[0]
             raise repository.explain(found, first) if isinstance(first, ConfigError) else first
 

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,9 +78,7 @@ class PythonModel:
             logger.exception("finalize of the model failed")
         if self._loop is not None:
             self._loop.close()
-        for folder in self._folders:
-            if folder in sys.path:
-                sys.path.remove(folder)
+        _forget(self._folders)
 
 
 def load(
@@ -107,10 +105,15 @@ def load(
             with _explained("initialize", where):
                 initialize(_arguments(folder, config, device, kind, instance_name))
     except BaseException:
-        for one in folders:
-            sys.path.remove(one)
+        _forget(folders)
         raise
     return PythonModel(model, module.InferenceRequest, int(folder.name), folders)
+
+
+def _forget(folders: list[str]) -> None:
+    for one in folders:
+        with suppress(ValueError):  # the model's own code may have changed the list
+            sys.path.remove(one)
 
 
 def completes(path: Path) -> bool:
@@ -137,8 +140,7 @@ def completed(path: Path, config: ModelConfig) -> ModelConfig:
         with _explained(_COMPLETE, where):
             answer = complete(given)
     finally:
-        for one in folders:
-            sys.path.remove(one)
+        _forget(folders)
     if not isinstance(answer, AutoConfig):
         kind = type(answer).__name__
         reason = f"{_COMPLETE} must return the pb_utils.ModelConfig, and returned {kind}"

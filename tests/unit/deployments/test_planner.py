@@ -31,8 +31,8 @@ class Cluster:
         return [f"manta_gpu_{index}" for index in range(self.gpus)] if self.indexed else []
 
 
-def planner(root, cluster=None):
-    settings = ServerSettings(model_repository=(str(root),))
+def planner(root, cluster=None, **more):
+    settings = ServerSettings(model_repository=(str(root),), **more)
     return Planner(settings, Repository((root,)), "manta", cluster or Cluster())
 
 
@@ -51,6 +51,17 @@ def test_a_version_is_completed_placed_and_specified(tmp_path):
     (spec,) = planner(tmp_path).specs(plan, "manta.m.2.1", 1)
     assert (spec.model_name, spec.version, spec.kind) == ("m", 2, "KIND_CPU")
     assert spec.content_hash == plan.content_hash and spec.fingerprint == plan.fingerprint
+
+
+def test_what_other_settings_would_load_otherwise_is_loaded_again(tmp_path):
+    write(tmp_path)
+
+    def fingerprint(**more):
+        return planner(tmp_path, **more).plan("m")[0][0].fingerprint
+
+    assert fingerprint() == fingerprint(max_queue_requests=7)
+    others = {"disable_auto_complete_config": True}, {"compile_cache": str(tmp_path / "kept")}
+    assert len({fingerprint(), *(fingerprint(**more) for more in others)}) == 3
 
 
 @pytest.mark.parametrize(("indexed", "resources"), [(True, {"manta_gpu_1": 0.01}), (False, {})])

@@ -111,6 +111,7 @@ def test_finalize_that_raises_is_logged(load, caplog):
         ("class TritonPythonModel: ...", "class TritonPythonModel has no method execute"),
         ("import nothing_of_that_name", "import failed: ModuleNotFoundError: No module named"),
         ("def f(:", "import failed: SyntaxError: "),
+        ("import sys; sys.path[:] = sys.path[2:]; x = 1", "no class TritonPythonModel found"),
         ("import sys; sys.exit(3)", r"import failed: the model called sys.exit\(3\)"),
         (
             "class TritonPythonModel:\n    def __init__(self): raise KeyError('k')\n"
