@@ -154,7 +154,7 @@ class Execution:
         for index, tensor in enumerate(self._config.input):
             if tensor.data_type == "TYPE_STRING" and not _is_absent(tensor, batch, index, members):
                 for k in members:
-                    array = _member(batch, index, k)
+                    array = batch.member(index, k)
                     try:
                         strings[index, k] = self._decode(
                             tensor, _present(array, tensor.name), batch.rows[k], batching
@@ -175,7 +175,7 @@ class Execution:
             if whole is not None and len(good) == len(batch.rows):
                 arrays = [whole]
             else:
-                arrays = [_present(_member(batch, index, k), tensor.name) for k in good]
+                arrays = [_present(batch.member(index, k), tensor.name) for k in good]
                 if len(arrays) == 1 < len(members):
                     # It is looked at as it is, and run again should this fail: not what it was.
                     arrays = [arrays[0].copy()]
@@ -206,19 +206,9 @@ class Execution:
             raise FatalDeviceError(faults.clean_text(error))
 
 
-def _member(batch: Batch, index: int, k: int) -> Array | None:
-    """One member's array of one input, however it came."""
-    whole = batch.joined[index] if batch.joined else None
-    if whole is None:
-        return batch.inputs[index][k]
-    start = sum(batch.rows[:k])
-    rows: Array = whole[start : start + batch.rows[k]]
-    return rows
-
-
 def _is_absent(tensor: ModelInput, batch: Batch, index: int, members: Sequence[int]) -> bool:
     """Whether an optional input was left out: by all members, as the Router sees to it."""
-    return tensor.optional and all(_member(batch, index, k) is None for k in members)
+    return tensor.optional and all(batch.member(index, k) is None for k in members)
 
 
 def _shape(
@@ -226,7 +216,7 @@ def _shape(
 ) -> tuple[int, ...]:
     """Of one member's input, as its request has it."""
     if (index, k) not in strings:
-        array = _member(batch, index, k)
+        array = batch.member(index, k)
         return () if array is None else array.shape
     text = strings[index, k]
     return (len(text),) if isinstance(text, list) else tuple(text.shape)

@@ -25,7 +25,7 @@ from .pb_utils.tensor import Tensor
 from .runtimes import faults, strings
 from .runtimes.faults import FatalDeviceError
 from .runtimes.python_model import PythonModel, describe
-from .types import Array, Batch, OutputArray, Part, RequestFacts
+from .types import Batch, OutputArray, Part, RequestFacts
 from .weights import free_device_memory
 
 logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica's log file
@@ -126,7 +126,7 @@ class ExecutionByRequest:
         facts = batch.facts[k] if batch.facts else _NO_FACTS
         inputs = []
         for index, entry in enumerate(self._config.input):
-            array = _member(batch, index, k)
+            array = batch.member(index, k)
             if array is None:
                 continue
             if entry.data_type == "TYPE_STRING":
@@ -202,18 +202,9 @@ def _waiting(facts: Sequence[RequestFacts]) -> tuple[str, ...]:
     """The models that wait for this run: of each as many instances as wait for one of its requests.
     Two requests may come from one run of another model, so that they are not added up."""
     chains = [one.chain for one in facts if one.chain]
-    together = list(max(chains, key=len)) if chains else []
+    longest: tuple[str, ...] = max(chains, key=len, default=())
+    together = [*longest]
     for chain in chains:
         for name in dict.fromkeys(chain):
             together[:0] = [name] * (chain.count(name) - together.count(name))
     return tuple(together)
-
-
-def _member(batch: Batch, index: int, k: int) -> Array | None:
-    """One member's array of one input, however it came."""
-    whole = batch.joined[index] if batch.joined else None
-    if whole is None:
-        return batch.inputs[index][k]
-    start = sum(batch.rows[:k])
-    rows: Array = whole[start : start + batch.rows[k]]
-    return rows

@@ -107,6 +107,15 @@ class Batch:
     joined: tuple[Array | None, ...] = ()
     facts: tuple[RequestFacts, ...] = ()
 
+    def member(self, index: int, k: int) -> Array | None:
+        """Member k's array of input `index`, however it came."""
+        whole = self.joined[index] if self.joined else None
+        if whole is None:
+            return self.inputs[index][k]
+        start = sum(self.rows[:k])
+        rows: Array = whole[start : start + self.rows[k]]
+        return rows
+
 
 @dataclass(frozen=True, slots=True)
 class OutputArray:
