@@ -28,7 +28,7 @@ from configs.complete import runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
-from deployments import archives, warmup
+from deployments import archives, runtimes, warmup
 from deployments.errors import MantaError
 from deployments.instance import Instance
 from deployments.planner import available_cpus
@@ -130,7 +130,8 @@ def _try(subject: Subject, cuda: bool) -> list[Any] | str | None:
         )
         instance.load()
         # The planner has looked for the samples' files.
-        samples = warmup.prepare(config, runtime, artifact.parents[1].joinpath)
+        folder = runtimes.version_folder(artifact, config).parent
+        samples = warmup.prepare(config, runtime, folder.joinpath)
         warmup.run(instance, samples, config.name)
     except ConfigError as error:
         return list(error.args)

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from configs.complete import runtime_kind
+from configs.complete import artifact_filename, runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters
@@ -64,4 +64,15 @@ def load(
 
 def place(path: Path, config: ModelConfig) -> str:
     """`model/1/model.pt`: what of a path may be told to clients."""
-    return "/".join((config.name or path.parent.parent.name, path.parent.name, path.name))
+    folder = version_folder(path, config)
+    within = path.relative_to(folder).parts
+    return "/".join((config.name or folder.parent.name, folder.name, *within))
+
+
+def version_folder(path: Path, config: ModelConfig) -> Path:
+    """The version's directory, in which an artifact may lie deeper, and its weights beside it."""
+    for name in (artifact_filename(config), *config.cc_model_filenames.values()):
+        between = Path(name).parts[:-1]
+        if between and path.parent.parts[-len(between) :] == between:
+            return path.parents[len(between)]
+    return path.parent

@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any
 
 from configs import pbtxt
-from configs.complete import artifact_filename
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from deployments.pb_utils import surface
@@ -30,7 +29,7 @@ from deployments.pb_utils.calls import Calls
 from deployments.pb_utils.messages import InferenceRequest
 from deployments.pb_utils.model_config import ModelConfig as AutoConfig
 
-from . import faults, place
+from . import faults, place, version_folder
 
 logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica's log file
 
@@ -93,7 +92,7 @@ def load(
     where = place(path, config)
     if not path.is_file():
         raise ConfigError("cannot find the file for model instance", file=where)
-    folder = _version_folder(path, config)
+    folder = version_folder(path, config)
     module = surface.install(calls, str(folder))
     folders = [str(folder), str(folder.parent)]
     # Models import what lies beside them, also long after they were imported themselves.
@@ -128,7 +127,7 @@ def completed(path: Path, config: ModelConfig) -> ModelConfig:
     file is imported for this alone, and anew when the model is loaded. Raises ConfigError.
     """
     where = place(path, config)
-    folder = _version_folder(path, config)
+    folder = version_folder(path, config)
     surface.install(None, str(folder))
     folders = [str(folder), str(folder.parent)]
     sys.path[:0] = folders
@@ -154,11 +153,6 @@ def _taken(config: ModelConfig, fields: dict[str, Any], where: str) -> ModelConf
     except ValueError as error:
         raise ConfigError(f"{_COMPLETE}: {error}", file=where) from error
     return config.model_copy(update={key: getattr(found, key) for key in _COMPLETED})
-
-
-def _version_folder(path: Path, config: ModelConfig) -> Path:
-    """`default_model_filename` may lie deeper than that folder."""
-    return path.parents[len(Path(artifact_filename(config)).parts) - 1]
 
 
 def _arguments(

@@ -22,19 +22,19 @@ from deployments import warmup as warming
 from deployments.repository import SAMPLE
 from deployments.types import Array
 
-from . import Value
+from . import Value, version_folder
 
 _LIMIT_BYTES = 1 << 30
 _ROWS = 2  # of a sample that is made from what the configuration says
 
 
-def read(artifact: Path, model: str) -> tuple[str, Mapping[str, Array]] | None:
+def read(artifact: Path, config: ModelConfig) -> tuple[str, Mapping[str, Array]] | None:
     """Its place and arrays, from the version's directory or the model's; None where neither has
     one. Raises ConfigError."""
-    for folder in (artifact.parent, artifact.parent.parent):
+    version = version_folder(artifact, config)
+    for folder, parts in ((version, [config.name, version.name]), (version.parent, [config.name])):
         path = folder / SAMPLE
         if path.is_file():
-            parts = [model, artifact.parent.name] if folder == artifact.parent else [model]
             where = "/".join([*parts, SAMPLE])
             return where, _arrays(path, where)
     return None
@@ -83,7 +83,7 @@ def value(array: Array, where: str = SAMPLE) -> Value:
 
 def from_warmup(config: ModelConfig, artifact: Path, batched: bool) -> dict[str, Value] | None:
     """The first sample of `model_warmup`, None where there is none of tensors."""
-    model = artifact.parent.parent
+    model = version_folder(artifact, config).parent
     random = np.random.default_rng(0)
     for _, found in warmup.samples(config):
         values: dict[str, Value] = {}

@@ -99,7 +99,7 @@ def _samples(
     """Values by input name, and what errors call their source: the file, or else what the
     configuration says. Where that does not say whether there are batches, both ways."""
     where = place(path, config)
-    found = sample.read(path, config.name)
+    found = sample.read(path, config)
     if found is not None:
         source, arrays = found
         arguments = [one.name for one in signature.called.arguments]

@@ -140,6 +140,33 @@ def test_the_sample_of_a_warmup_will_do(tmp_path):
         complete(path, warm((3,)))
 
 
+def test_a_file_that_lies_deeper_than_its_version(tmp_path):
+    """Samples lie beside it no more than the data of a warmup does."""
+    shallow = saved(models.add_sub(), tmp_path)
+    path = shallow.parent / "net" / "add.pt"
+    path.parent.mkdir()
+    shallow.rename(path)
+    deeper = {"default_model_filename": "net/add.pt"}
+    config = warm((4,), 3, **deeper)
+    given = {"data_type": "TYPE_FP32", "dims": (4,), "input_data_file": "a"}
+    inputs = {name: WarmupInput(**given) for name in "ab"}
+    first = config.model_warmup[0].model_copy(update={"inputs": inputs})
+    (tmp_path / "model" / "warmup").mkdir()
+    (tmp_path / "model" / "warmup" / "a").write_bytes(HALF[:1].tobytes())
+    made = complete(path, config.model_copy(update={"model_warmup": (first,)}))
+    assert read(made.input) == [(name, "TYPE_FP32", (4,), False) for name in "ab"]
+    np.savez(tmp_path / "model" / "sample_input.npz", a=HALF, b=HALF[:, :3])
+    with pytest.raises(ConfigError, match="model/sample_input.npz: the model does not run on it"):
+        complete(path, config)
+    np.savez(shallow.parent / "sample_input.npz", a=HALF)
+    with pytest.raises(ConfigError, match="model/1/sample_input.npz: "):
+        complete(path, config)
+    (shallow.parent / "sample_input.npz").unlink()
+    (tmp_path / "model" / "sample_input.npz").unlink()
+    with pytest.raises(ConfigError, match=r"model/1/net/add.pt: forward takes a \(Tensor\)"):
+        complete(path, BARE.model_copy(update=deeper))
+
+
 def test_without_a_sample_it_says_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"model/1/model.pt: forward takes a \(Tensor\), b .*npz"):
         complete(saved(models.add_sub(), tmp_path))
