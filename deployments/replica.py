@@ -156,6 +156,8 @@ class ModelReplica:
             # On threads: a model's finalize may call others, which takes this loop.
             await asyncio.gather(*(asyncio.to_thread(one.close) for one in instances))
             first = errors[0]
+            if not isinstance(first, Exception):  # a model's, and Serve would take it for its own
+                raise ConfigError(f"the model raised {type(first).__name__} while it was loaded")
             raise repository.explain(found, first) if isinstance(first, ConfigError) else first
 
     # --- data path -------------------------------------------------------------------------------

@@ -66,7 +66,10 @@ class PythonModel:
 
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-        return self._loop.run_until_complete(whole())
+        try:
+            return self._loop.run_until_complete(whole())
+        except asyncio.CancelledError:  # no Exception: it would end the instance's thread
+            raise RuntimeError("execute was cancelled by the model's own code") from None
 
     def finalize(self) -> None:
         """Once. What it raises is logged: the model goes either way."""

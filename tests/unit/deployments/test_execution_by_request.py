@@ -335,3 +335,32 @@ def test_whoever_waits_for_a_run_is_told_to_those_that_it_calls():
     assert waiting(("a/1", "b/1"), (), ("a/1", "b/1")) == ("a/1", "b/1")
     assert sorted(waiting(("a/1",), ("c/1",))) == ["a/1", "c/1"]
     assert sorted(waiting(("a/1", "b/1"), ("a/1", "a/1"))) == ["a/1", "a/1", "b/1"]
+
+
+CANCELS = (
+    HEAD
+    + """
+import asyncio
+
+class TritonPythonModel:
+    async def execute(self, requests):
+        answers = []
+        for request in requests:
+            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+            task = asyncio.ensure_future(asyncio.sleep(0))
+            if x.min() < 0:
+                task.cancel()
+            await task
+            outputs = [pb_utils.Tensor("y", x), pb_utils.Tensor("seen", x)]
+            answers.append(pb_utils.InferenceResponse(outputs))
+        return answers
+"""
+)
+
+
+def test_a_task_that_a_model_cancels_is_its_requests_alone(start):
+    """It is no Exception in Python, and must not end the instance."""
+    instance = start(CANCELS)
+    found = fates(instance.run(batch_of(x(1), x(-1))))
+    assert found[0] is None and "execute was cancelled" in str(found[1])
+    assert fates(instance.run(batch_of(x(2)))) == {0: None}
