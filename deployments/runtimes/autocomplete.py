@@ -15,6 +15,8 @@ from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.offer import Offer, fill
 from configs.parameters import ModelParameters
 
+from . import settings
+
 logger = logging.getLogger("manta.runtimes")
 
 
@@ -29,6 +31,8 @@ def complete(
         return finish(_from_python(artifact, config), chosen)
     offer = None
     if lacks(config) or config.open_batch:
+        # A run on a sample may start torch's pools, which take their size once.
+        settings.apply_process(parameters, chosen)
         offer = _offer(artifact, config, device, kind)
     made = finish(config, chosen) if offer is None else fill(config, chosen, offer)
     if offer is not None:
