@@ -66,8 +66,13 @@ def names_of(known: Sequence[str], text: str) -> list[str]:
 MODE = re.compile(
     r"(serve|direct)(?::([1-9]|1[0-6]))?(?:\+(fp32|bf16|fp16)|@(" + "|".join(RUNTIMES) + "))?"
 )
-# What --runtimes measures, where nothing else is asked for: one row for each runtime.
-RUNTIME_DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
+    "manta": ["serve", "direct"],
+    "models": list(MODELS),
+    "protocols": ["http", "grpc"],
+}
+# One row for each runtime.
+RUNTIME_DEFAULTS: dict[str, Any] = {
     "manta": [f"direct@{name}" for name in RUNTIMES],
     "models": ["mlp"],
     "connections": [1, 64],
@@ -95,7 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=1.2, help="of one run; slow models get more")
     add("--delays", type=numbers, default=None, help="queue delays in us, for all models")
     add("--manta", type=words, help="serve, direct:2, serve+bf16, direct@aoti")
-    add("--runtimes", action="store_true", help="one network in each runtime, and nothing else")
+    add("--runtimes", action="store_true", help="only the last part: one network, each runtime")
     add("--manta-args", type=shlex.split, default=[], help="more flags for manta serve")
     add("--peers", type=lambda text: names_of(list(PEERS), text), default=[])
     add("--idle", choices=("freeze", "run", "stop"), default="freeze")
@@ -104,14 +109,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--report-only", action="store_true", help="measure nothing, write the report anew")
     add("--output", type=Path, default=ROOT / "benchmarks" / "out")
     options = parser.parse_args(arguments)
-    defaults: dict[str, Any] = {
-        "manta": ["serve", "direct"],
-        "models": list(MODELS),
-        "protocols": ["http", "grpc"],
-    }
-    if options.runtimes:
-        defaults = RUNTIME_DEFAULTS
-    for name, value in defaults.items():
+    subset = any(getattr(options, name) is not None for name in RUNTIME_DEFAULTS)
+    options.whole = not (subset or options.runtimes)
+    for name, value in (RUNTIME_DEFAULTS if options.runtimes else DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if not 0 < options.seconds <= 60 or not 1 <= options.rounds <= 20:
@@ -123,6 +123,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     return options
+
+
+def parts_of(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The matrix and, where no part of it was asked for, one network in each runtime."""
+    if not options.whole:
+        return [options]
+    modes = [manta_mode(word) for word in RUNTIME_DEFAULTS["manta"]]
+    changed = RUNTIME_DEFAULTS | {"manta": modes, "peers": []}
+    return [options, argparse.Namespace(**(vars(options) | changed))]
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +198,8 @@ def install_peers(options: argparse.Namespace, store: Store) -> list[Contestant]
 
 def run(options: argparse.Namespace, store: Store) -> None:
     peers = install_peers(options, store)
-    store.note("versions", [peer.version() for peer in peers])
+    if peers:
+        store.note("versions", [peer.version() for peer in peers])
     plan = Plan(tuple(options.protocols), options.rounds, options.seconds, options.idle)
     executors: dict[str, str] = store.noted("executors", {})
     for name in options.models:
@@ -245,7 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = Store(options.output / "bench.json", settings_of(options), options.fresh)
     try:
         if not options.report_only:
-            run(options, store)
+            store.note("versions", [])
+            for part in parts_of(options):
+                run(part, store)
     except (ServerError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -63,6 +63,15 @@ def test_one_network_in_each_runtime_and_what_is_asked_for_beside_it():
     assert (chosen.models, chosen.connections) == (["encoder"], [8])
 
 
+def test_a_whole_run_ends_with_the_runtimes_and_a_subset_is_no_whole_run():
+    matrix, runtimes = bench.parts_of(bench.parse(["--rounds=2"]))
+    assert [mode[0] for mode in matrix.manta] == ["serve", "direct"]
+    assert [mode[3] for mode in runtimes.manta] == list(RUNTIMES)
+    assert (runtimes.models, runtimes.rounds, runtimes.peers) == (["mlp"], 2, [])
+    for words in (["--models=tiny"], ["--manta=direct"], ["--runtimes"]):
+        assert len(bench.parts_of(bench.parse(words))) == 1
+
+
 def test_one_connection_also_without_delay_where_a_call_is_short():
     options = bench.parse([])
     assert bench.stages_of(options, MODELS["tiny"]) == [(DELAY_US, [1, 8, 32, 64]), (0, [1])]
