@@ -111,9 +111,10 @@ def _model_deployment(
 def _by_fork(kind: str, settings: ServerSettings) -> dict[str, Any]:
     """Replicas as forks of one process per node that has imported torch (`forkserver`).
 
-    Those with a GPU are not: CUDA after a fork has yet to be proven here.
+    Those with a GPU are not: CUDA after a fork has yet to be proven here. Logical GPUs have none.
     """
-    if kind != "KIND_CPU" or not settings.fork_server or not forkclient.supported():
+    on_host = kind == "KIND_CPU" or settings.logical_gpus
+    if not on_host or not settings.fork_server or not forkclient.supported():
         return {}
     # For the server's first import and not only the replica: torch reads some of it right there.
     variables = dict(settings.environment)

@@ -14,8 +14,10 @@ from deployments import app
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux has them")
 
 
-def options(kind: str, fork_server: bool) -> dict[str, Any]:
-    settings = ServerSettings(environment={"OMP_NUM_THREADS": "3"}, fork_server=fork_server)
+def options(kind: str, fork_server: bool, logical_gpus: bool = False) -> dict[str, Any]:
+    settings = ServerSettings(
+        environment={"OMP_NUM_THREADS": "3"}, fork_server=fork_server, logical_gpus=logical_gpus
+    )
     placement = GroupPlacement(
         deployment="m_0",
         kind=kind,
@@ -40,6 +42,11 @@ def test_cpu_replicas_are_forks_with_the_environment_of_the_server() -> None:
 @pytest.mark.parametrize("kind", ["KIND_GPU", "KIND_MODEL"])
 def test_replicas_with_devices_are_not(kind: str) -> None:
     assert not options(kind, True).get("runtime_env")
+
+
+@pytest.mark.parametrize("kind", ["KIND_GPU", "KIND_MODEL"])
+def test_logical_devices_are_the_host(kind: str) -> None:
+    assert options(kind, True, logical_gpus=True)["runtime_env"]
 
 
 def test_the_setting_turns_it_off() -> None:
