@@ -173,9 +173,10 @@ class Lifecycle:
             raise LoadFailed(name, str(error)) from error
         others = sum(sum(g.replicas.values()) for _, g in self._catalogue.generations())
         failed = await self._load_all(name, plans, others + sum(p.cpu_instances for p in plans))
+        # Also after a failure: the index that a client asks for next is a Router's.
+        await self._followers.reach(self._catalogue.sequence)
         if failed:
             raise LoadFailed(name, " ".join(failed))
-        await self._followers.reach(self._catalogue.sequence)
 
     async def _load_all(self, name: str, plans: list[Plan], cpu_instances: int) -> list[str]:
         """Loads the plans of one model, retires what is not among them; what failed, in words."""
