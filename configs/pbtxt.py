@@ -157,28 +157,8 @@ def from_proto(proto: Any) -> ModelConfig:
         runtime=proto.runtime,
         version_policy=_version_policy(proto),
         max_batch_size=proto.max_batch_size,
-        input=tuple(
-            ModelInput(
-                name=i.name,
-                data_type=pb.DataType.Name(i.data_type),
-                format=pb.ModelInput.Format.Name(i.format),
-                dims=tuple(i.dims),
-                reshape=_reshape(i),
-                optional=i.optional,
-                allow_ragged_batch=i.allow_ragged_batch,
-            )
-            for i in proto.input
-        ),
-        output=tuple(
-            ModelOutput(
-                name=o.name,
-                data_type=pb.DataType.Name(o.data_type),
-                dims=tuple(o.dims),
-                reshape=_reshape(o),
-                label_filename=o.label_filename,
-            )
-            for o in proto.output
-        ),
+        input=tuple(map(_input, proto.input)),
+        output=tuple(map(_output, proto.output)),
         batch_input=tuple(
             BatchInput(
                 kind=pb.BatchInput.Kind.Name(b.kind),
@@ -197,17 +177,7 @@ def from_proto(proto: Any) -> ModelConfig:
             for b in proto.batch_output
         ),
         optimization=_optimization(proto),
-        instance_group=tuple(
-            InstanceGroup(
-                name=g.name,
-                kind=pb.ModelInstanceGroup.Kind.Name(g.kind),
-                count=g.count,
-                gpus=tuple(g.gpus),
-                passive=g.passive,
-                host_policy=g.host_policy,
-            )
-            for g in proto.instance_group
-        ),
+        instance_group=tuple(map(_group, proto.instance_group)),
         default_model_filename=proto.default_model_filename,
         cc_model_filenames=dict(proto.cc_model_filenames),
         dynamic_batching=DynamicBatching(
@@ -227,6 +197,39 @@ def from_proto(proto: Any) -> ModelConfig:
             )
             for w in proto.model_warmup
         ),
+    )
+
+
+def _input(proto: Any) -> ModelInput:
+    return ModelInput(
+        name=proto.name,
+        data_type=pb.DataType.Name(proto.data_type),
+        format=pb.ModelInput.Format.Name(proto.format),
+        dims=tuple(proto.dims),
+        reshape=_reshape(proto),
+        optional=proto.optional,
+        allow_ragged_batch=proto.allow_ragged_batch,
+    )
+
+
+def _output(proto: Any) -> ModelOutput:
+    return ModelOutput(
+        name=proto.name,
+        data_type=pb.DataType.Name(proto.data_type),
+        dims=tuple(proto.dims),
+        reshape=_reshape(proto),
+        label_filename=proto.label_filename,
+    )
+
+
+def _group(proto: Any) -> InstanceGroup:
+    return InstanceGroup(
+        name=proto.name,
+        kind=pb.ModelInstanceGroup.Kind.Name(proto.kind),
+        count=proto.count,
+        gpus=tuple(proto.gpus),
+        passive=proto.passive,
+        host_policy=proto.host_policy,
     )
 
 
