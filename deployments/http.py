@@ -19,7 +19,7 @@ from starlette.routing import Route
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import http_infer, http_replies
+from . import http_coding, http_infer, http_replies
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
     ClientGone,
@@ -27,6 +27,7 @@ from .http_body import (
     Message,
     Receive,
     body_limit,
+    fold,
     read_within,
     until_done,
 )
@@ -83,7 +84,7 @@ class HttpApp:
     async def _infer(
         self, model: str, version: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
+        headers = fold(scope["headers"])
         try:
             status, fields, body = 200, *await self._answer(model, version, headers, receive)
         except ClientGone:
@@ -105,13 +106,16 @@ class HttpApp:
             await until_done(ticket.future, receive)
         text, parts = http_infer.encode(request, self.inference.answer(ticket))
         fields, pieces = http_replies.answer(text, parts)
-        return fields, b"".join(pieces)
+        coding = http_coding.of_reply(headers.get(b"accept-encoding"))
+        if not coding:
+            return fields, b"".join(pieces)
+        return http_replies.coded(fields, coding), await http_coding.pack(pieces, coding)
 
     async def _body(
         self, headers: Headers, receive: Receive, announced: bytes | None = None
     ) -> bytes:
         limit = body_limit(announced, self._settings)
-        return await read_within(headers, receive, limit, self._settings.http_read_timeout_s)
+        return await read_within(headers, receive, limit, self._settings)
 
     # --- every other route -----------------------------------------------------------------------
 
@@ -183,7 +187,7 @@ class HttpApp:
         raise HTTPException(404)
 
     async def _document(self, request: Request) -> dict[str, Any]:
-        body = await self._body(dict(request.scope["headers"]), request.receive)
+        body = await self._body(fold(request.scope["headers"]), request.receive)
         document = http_infer.parse_json(body, self._settings.max_json_depth) if body else {}
         if not isinstance(document, dict):
             raise Internal("failed to parse the request JSON buffer: not an object")
@@ -227,6 +231,10 @@ def _json(document: Any) -> Response:
     return Response(http_infer.dump_json(document), media_type="application/json")
 
 
+def _response(status: int, fields: list[Field], body: bytes) -> Response:
+    return Response(body, status, {name.decode(): value.decode() for name, value in fields})
+
+
 def _answering(endpoint: Endpoint) -> Endpoint:
     """The endpoint, with errors told as errors are told."""
 
@@ -238,8 +246,7 @@ def _answering(endpoint: Endpoint) -> Endpoint:
         except ClientGone:
             return Response(status_code=400)  # goes nowhere
         except Exception as error:
-            status, fields, body = error_reply(error, dict(request.scope["headers"]))
-            return Response(body, status, {n.decode(): v.decode() for n, v in fields})
+            return _response(*error_reply(error, dict(request.scope["headers"])))
 
     return answer
 
@@ -256,7 +263,10 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     texts: Mapping[int, str] = {404: "Not Found", 405: str(MethodNotAllowed())}
     return Response(
-        error_body(texts.get(status, "internal error")), status, media_type="application/json"
+        error_body(texts.get(status, "internal error")),
+        status,
+        getattr(error, "headers", None),  # which verbs there are
+        "application/json",
     )
 
 

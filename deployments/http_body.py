@@ -1,7 +1,7 @@
 """Reading an HTTP request's body within limits, and noticing that its client has left.
 
-uvicorn has no limits and no read deadline of its own, so they are here: size (announced and
-streamed), chunks, encoding, time. Knows nothing of the protocol; the roads over HTTP call it.
+uvicorn has no limits and no read deadline of its own, so they are here: size (announced, streamed
+and inflated), chunks, encoding, time. Knows nothing of the protocol; the roads over HTTP call it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from configs.server import ServerSettings
 
-from .errors import InvalidArgument, MantaError, Unsupported
+from . import http_coding
+from .errors import InvalidArgument, MantaError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -24,6 +25,8 @@ MAX_CHUNKS = 65536
 MAX_PIECES = 1024
 # Most answers come sooner; only for the others is it worth a task to learn that nobody waits.
 WATCH_AFTER_S = 0.05
+# Fields that are lists, which may come in several pieces.
+_LISTS = (b"accept-encoding", b"content-encoding")
 
 
 class ClientGone(Exception):
@@ -38,21 +41,36 @@ class BodyRefused(Exception):
         self.error = error
 
 
-async def read_within(headers: Headers, receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """The whole body. Raises BodyRefused over a limit, ClientGone when the client leaves."""
+def fold(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Fields by their lower-case names; of those that come twice the last, but lists are joined."""
+    folded = dict(fields)
+    if len(folded) != len(fields):
+        for name in _LISTS:
+            if name in folded:
+                folded[name] = b", ".join(value for key, value in fields if key == name)
+    return folded
+
+
+async def read_within(
+    headers: Headers, receive: Receive, limit: int, settings: ServerSettings
+) -> bytes:
+    """The whole body, inflated. Raises BodyRefused over a limit, ClientGone when the client leaves,
+    and InvalidArgument for a body that is there and cannot be inflated."""
     try:
-        check_headers(headers, limit)
-        return await read_body(receive, limit, timeout_s, b"content-length" not in headers)
+        coding = http_coding.of_request(headers.get(b"content-encoding"))
+        if coding:
+            limit = min(limit, settings.http_max_input_size_bytes)
+        check_length(headers, limit)
+        body = await read_body(
+            receive, limit, settings.http_read_timeout_s, b"content-length" not in headers
+        )
     except MantaError as error:
         raise BodyRefused(error) from None
+    return await http_coding.inflate(body, coding, limit) if coding else body
 
 
-def check_headers(headers: Headers, limit: int) -> None:
+def check_length(headers: Headers, limit: int) -> None:
     """What can be refused before a byte of the body is read."""
-    encoding = headers.get(b"content-encoding", b"identity").lower()
-    if encoding != b"identity":
-        shown = encoding[:64].decode("latin-1")
-        raise Unsupported(f"Content-Encoding '{shown}' is not supported; send identity")
     announced = headers.get(b"content-length", b"0")
     if not announced.isdigit() or len(announced) > 19 or int(announced) >= 2**31:
         shown = announced[:64].decode("latin-1")
@@ -111,7 +129,7 @@ async def read_body(receive: Receive, limit: int, timeout_s: float, in_chunks: b
         if len(body) > limit:
             raise too_large(len(body), limit)
         return body
-    pieces, count, total = Pieces(body), 1, len(body)
+    pieces, count, total = Pieces(body), int(bool(body)), len(body)
     while True:
         if message["type"] == "http.disconnect":
             raise ClientGone
@@ -124,7 +142,7 @@ async def read_body(receive: Receive, limit: int, timeout_s: float, in_chunks: b
         message = await _in_time(receive, timeout_s)
         body = message.get("body", b"")
         pieces.add(body)
-        count, total = count + 1, total + len(body)
+        count, total = count + bool(body), total + len(body)  # the end has no bytes
 
 
 async def _in_time(receive: Receive, limit_s: float) -> Message:

@@ -53,7 +53,9 @@ class _Opening(NamedTuple):
 
 
 class Call:
-    __slots__ = ("_inputs", "_request", "_served", "_what")
+    """`coding` is that of its answer's body, "" for none."""
+
+    __slots__ = ("_inputs", "_request", "_served", "_what", "coding")
 
     def __init__(
         self,
@@ -61,11 +63,13 @@ class Call:
         request: InferRequest,
         what: Plan | Work,
         inputs: tuple[Array | None, ...],
+        coding: str,
     ) -> None:
         self._served = served
         self._request = request
         self._what = what
         self._inputs = inputs
+        self.coding = coding
 
     def enqueue(self, waiter: Waiter) -> Entry:
         """Raises what the gate raises, with the request's id."""
@@ -80,8 +84,15 @@ class Call:
     def withdraw(self, entry: Entry) -> None:
         self._served.gate.withdraw(entry)
 
+    def plain(self, result: MemberResult | MantaError) -> tuple[list[Field], list[Any]]:
+        """Fields and body of the answer, before any coding. Raises as `answer` does."""
+        if isinstance(result, MantaError):
+            raise told(self._request.id, result)
+        fields, body = http_replies.answer(*self._encode(result))
+        return fields, list(body)
+
     def answer(self, result: MemberResult | MantaError, ending: Ending) -> Answer:
-        """Raises what there is to tell instead."""
+        """Where there is no coding. Raises what there is to tell instead."""
         if isinstance(result, MantaError):
             raise told(self._request.id, result)
         plan = self._what
@@ -123,7 +134,8 @@ def read_call(
         text = data[start : start + json_bytes]
         plan = served.http_plans.find(text)
         if plan is not None and plan.data_bytes == head.body_bytes - json_bytes:
-            return Call(served, plan.request, plan, plan.from_body(data, start + json_bytes))
+            inputs = plan.from_body(data, start + json_bytes)
+            return Call(served, plan.request, plan, inputs, head.coding)
     body = data[start : start + head.body_bytes]
     request = http_infer.decode(served.config, head.version, body, json_bytes, settings)
     try:
@@ -132,7 +144,7 @@ def read_call(
         raise told(request.id, error) from error
     if text and http_infer.all_binary(request):
         _learn(served, request, work, text, len(body) - len(text))
-    return Call(served, request, work, work.inputs)
+    return Call(served, request, work, work.inputs, head.coding)
 
 
 def _learn(served: Served, request: InferRequest, work: Work, text: bytes, data_bytes: int) -> None:

@@ -13,7 +13,7 @@ import httptools
 
 from configs.server import ServerSettings
 
-from . import http_body, http_infer
+from . import http_body, http_coding, http_infer
 from .errors import MantaError
 from .http_replies import Field
 from .plans import Recent
@@ -27,13 +27,14 @@ _ELSEWHERE = frozenset((b"expect", b"upgrade", b"transfer-encoding", b"content-e
 
 
 class Head(NamedTuple):
-    """What a head says. `body_bytes` -1: not for the lane."""
+    """What a head says. `body_bytes` -1: not for the lane. `coding`: the answer's, "" for none."""
 
     model: str
     version: str
     body_bytes: int
     json_bytes: int | None
     keep_alive: bool
+    coding: str = ""
 
 
 NOT_OURS = Head("", "", -1, None, False)
@@ -88,7 +89,7 @@ def read_head(data: bytes, settings: ServerSettings) -> Head:
         match = http_infer.PATH.fullmatch(urllib.parse.unquote(url.path.decode("ascii")))
     except (httptools.HttpParserError, UnicodeDecodeError):
         return NOT_OURS
-    fields = dict(reader.fields)
+    fields = http_body.fold(reader.fields)
     if (
         match is None
         or method != b"POST"
@@ -99,12 +100,13 @@ def read_head(data: bytes, settings: ServerSettings) -> Head:
         return NOT_OURS
     announced = fields.get(b"inference-header-content-length")
     try:
-        http_body.check_headers(fields, http_body.body_limit(announced, settings))
+        http_body.check_length(fields, http_body.body_limit(announced, settings))
         body_bytes = int(fields[b"content-length"])
         json_bytes = http_infer.header_length(announced, body_bytes)
     except MantaError:
         return NOT_OURS
-    return Head(match[1], match[2] or "", body_bytes, json_bytes, keep_alive)
+    coding = http_coding.of_reply(fields.get(b"accept-encoding"))
+    return Head(match[1], match[2] or "", body_bytes, json_bytes, keep_alive, coding)
 
 
 class Heads:

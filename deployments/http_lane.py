@@ -9,11 +9,13 @@ order, limits and time-outs of such calls; what they say is the business of `htt
 from __future__ import annotations
 
 import asyncio
+from asyncio import Future
+from functools import partial
 from typing import Protocol
 
 from configs.server import ServerSettings
 
-from . import http_body, http_call
+from . import http_body, http_call, http_coding, http_replies
 from .batcher import MemberResult
 from .directory import Served
 from .errors import MantaError
@@ -21,6 +23,7 @@ from .http_body import BodyRefused, Pieces
 from .http_call import Answer, Call, Ending
 from .http_head import NOT_OURS, Head, Heads
 from .http_limits import LimitedProtocol
+from .http_replies import Field
 from .inference import Inference
 from .scheduler import Entry
 
@@ -208,8 +211,37 @@ class LaneProtocol(LimitedProtocol):
         call = self._call
         if call is None:
             return
+        if call.coding:
+            self._deliver_coded(call, result)
+            return
         try:
             answer = call.answer(result, self._ending())
+        except Exception as error:
+            answer = http_call.refusal(error, self._ending())
+        self._write(answer)
+
+    def _deliver_coded(self, call: Call, result: MemberResult | MantaError) -> None:
+        """The same for a client that wants a coding: a large body gets it on a thread."""
+        self._entry = None  # it has run: who leaves now withdraws nothing
+        try:
+            fields, body = call.plain(result)
+            fields = http_replies.coded(fields, call.coding)
+            if http_coding.is_large(body):
+                packing = self.loop.run_in_executor(None, http_coding.packed, body, call.coding)
+                packing.add_done_callback(partial(self._packed, call, fields))
+                return
+            answer = http_call.response(
+                200, fields, [http_coding.packed(body, call.coding)], self._ending()
+            )
+        except Exception as error:
+            answer = http_call.refusal(error, self._ending())
+        self._write(answer)
+
+    def _packed(self, call: Call, fields: list[Field], packing: Future[bytes]) -> None:
+        if self._call is not call or packing.cancelled():
+            return  # its client has left, or the loop ends
+        try:
+            answer = http_call.response(200, fields, [packing.result()], self._ending())
         except Exception as error:
             answer = http_call.refusal(error, self._ending())
         self._write(answer)

@@ -1,8 +1,8 @@
 """uvicorn's own HTTP protocol with a cap and a deadline on what comes before a body.
 
-Owns the limits on headers, and the end of clients that neither send nor read: uvicorn has none of
-them, and a connection without a timer is a file descriptor for ever. Called by the listener, for
-every port.
+Owns the limits on headers and on chunks, and the end of clients that neither send nor read: uvicorn
+has none of them, and a connection without a timer is a file descriptor for ever. Called by the
+listener, for every port.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from . import http_body, http_replies
+
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
     b'content-length: 39\r\nconnection: close\r\n\r\n{"error":"request headers are too big"}'
+)
+_TOO_MANY_CHUNKS = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
 )
 
 
@@ -26,6 +32,7 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._header_bytes = 0
+        self._chunks = 0
         self._in_headers = True
         self._header_timer: asyncio.TimerHandle | None = None
         self._between = True  # the parser is at the end of a message, or before the first
@@ -67,7 +74,7 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         if not self._in_headers:
             self._expect_headers()
             self._header_bytes = self._fresh_bytes
-        self._between, self._fresh_bytes = False, 0
+        self._between, self._fresh_bytes, self._chunks = False, 0, 0
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
@@ -77,6 +84,23 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     def on_headers_complete(self) -> None:
         self._headers_over()
         super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """Who reads the body gets many small chunks as one: only here can they be counted."""
+        self._chunks += 1
+        # The last one is empty, and none of them.
+        if self._chunks > http_body.MAX_CHUNKS + 1 and not self.transport.is_closing():
+            self._refuse_chunks()
+
+    def _refuse_chunks(self) -> None:
+        cycle = self.cycle
+        if not self.pipeline and not cycle.response_started:
+            body = http_replies.error_body(str(http_body.too_many_chunks()))
+            self.transport.write(_TOO_MANY_CHUNKS % (len(body), body))
+        self._end()
+        # Who reads this body reads no more of it, and has nobody to answer.
+        cycle.disconnected = cycle.response_complete = True
+        cycle.message_event.set()
 
     def _expect_headers(self) -> None:
         self._in_headers, self._header_bytes = True, 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from . import http_infer
+from . import http_coding, http_infer
 from .errors import HTTP_STATUS, Code, MantaError, ShuttingDown
 from .http_body import BodyRefused, Headers
 
@@ -32,6 +32,11 @@ def answer(
     return [BINARY, (b"inference-header-content-length", b"%d" % len(text))], [text, *parts]
 
 
+def coded(fields: Sequence[Field], coding: str) -> list[Field]:
+    """Fields of an answer whose body has this coding; the length of its JSON stays what it was."""
+    return [*fields, (b"content-encoding", coding.encode())]
+
+
 def error_reply(error: Exception, headers: Headers) -> tuple[int, list[Field], bytes]:
     """Status, fields and body. What is not ours is logged here and told without detail."""
     fields = [JSON]
@@ -46,7 +51,7 @@ def error_reply(error: Exception, headers: Headers) -> tuple[int, list[Field], b
     if isinstance(error, ShuttingDown):
         fields.append(CLOSE)
     if error.code is Code.UNSUPPORTED and b"content-encoding" in headers:
-        fields.append((b"accept-encoding", b"identity"))
+        fields.append((b"accept-encoding", http_coding.ACCEPTED))
     return HTTP_STATUS[error.code], fields, error_body(str(error))
 
 

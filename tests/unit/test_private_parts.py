@@ -53,13 +53,19 @@ def test_ray_serve() -> None:
 def test_uvicorn() -> None:
     own = {"connection_made", "connection_lost", "data_received"}
     own |= {"shutdown", "resume_writing", "timeout_keep_alive_handler"}
-    callbacks = {"on_message_begin", "on_headers_complete", "on_message_complete"}
+    callbacks = {"on_message_begin", "on_headers_complete", "on_message_complete", "on_header"}
     assert own | callbacks | {"_unset_keepalive_if_required"} <= set(vars(HttpToolsProtocol))
     connection = inspect.getsource(HttpToolsProtocol.__init__)
-    for name in ("cycle", "pipeline", "flow", "timeout_keep_alive", "timeout_keep_alive_task"):
+    for name in (
+        *("cycle", "pipeline", "flow", "scope"),
+        *("timeout_keep_alive", "timeout_keep_alive_task"),
+    ):
         assert f"self.{name}" in connection
     assert STATUS_LINE[200] == b"HTTP/1.1 200 OK\r\n"
-    for of, name in ((RequestResponseCycle, "response_complete"), (FlowControl, "write_paused")):
+    flags = [(RequestResponseCycle, name) for name in ("response_started", "response_complete")]
+    flags += [(RequestResponseCycle, "disconnected"), (FlowControl, "write_paused")]
+    assert "self.message_event.wait()" in inspect.getsource(RequestResponseCycle.receive)
+    for of, name in flags:
         assert f"self.{name} = False" in inspect.getsource(of)
     server = uvicorn.Server(uvicorn.Config(lambda: None))
     assert server.should_exit is False
