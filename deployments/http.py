@@ -19,7 +19,7 @@ from starlette.routing import Route
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import http_coding, http_infer, http_replies
+from . import http_coding, http_generate, http_infer, http_replies
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
     ClientGone,
@@ -116,6 +116,34 @@ class HttpApp:
     ) -> bytes:
         limit = body_limit(announced, self._settings)
         return await read_within(headers, receive, limit, self._settings)
+
+    # --- generate --------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> Response:
+        return await self._generate(request, in_events=False)
+
+    async def generate_stream(self, request: Request) -> Response:
+        """A model gives one answer here, which is one event; its error is one, too."""
+        return await self._generate(request, in_events=True)
+
+    async def _generate(self, request: Request, in_events: bool) -> Response:
+        name, version = _target(request)
+        config = self.inference.find(name, version).config
+        headers = fold(request.scope["headers"])
+        http_generate.check_coding(headers)
+        body = await self._body(headers, request.receive)
+        asked = http_generate.decode(config, version, body, self._settings)
+        ticket = self.inference.submit(asked)
+        await until_done(ticket.future, request.receive)
+        try:
+            status, fields = 200, [JSON]
+            text = http_generate.encode(self.inference.answer(ticket))
+        except Exception as error:
+            status, fields, text = error_reply(error, headers)
+        if in_events:
+            fields = [http_generate.EVENTS, *(field for field in fields if field != JSON)]
+            text = http_generate.event(text)
+        return _response(status, fields, text)
 
     # --- every other route -----------------------------------------------------------------------
 

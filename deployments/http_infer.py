@@ -55,6 +55,13 @@ def dump_json(document: Any) -> bytes:
         return json.dumps(document, default=lambda array: array.tolist()).encode()
 
 
+def dump_tensors(document: dict[str, Any], finite: bool) -> bytes:
+    """The same where it is known whether all numbers are finite."""
+    if finite:
+        return dump_json(document)
+    return json.dumps(document, default=lambda array: array.tolist()).encode()
+
+
 def _parse_literals(text: bytes, error: orjson.JSONDecodeError, max_depth: int) -> Any:
     malformed = Internal(f"failed to parse the request JSON buffer: {error.msg}")
     if b"NaN" not in text and b"Infinity" not in text:
@@ -142,7 +149,7 @@ def decode(
         id=member(document, "id", str, ""),
         inputs=inputs,
         outputs=tuple(map(_output, outputs)),
-        parameters=_parameters(member(document, "parameters", dict, {})),
+        parameters=check_parameters(member(document, "parameters", dict, {})),
     )
 
 
@@ -232,7 +239,8 @@ def _output(entry: dict[str, Any]) -> RequestedOutput:
     )
 
 
-def _parameters(parameters: dict[str, Any]) -> dict[str, ParameterValue]:
+def check_parameters(parameters: dict[str, Any]) -> dict[str, ParameterValue]:
+    """Request parameters as they are, if they may be."""
     for key, value in parameters.items():
         if type(value) not in (int, bool, str, float):
             raise InvalidArgument(
@@ -317,6 +325,4 @@ def encode(request: InferRequest, response: InferResponse) -> tuple[bytes, list[
     if response.parameters:
         document["parameters"] = dict(response.parameters)
     document["outputs"] = outputs
-    if finite:
-        return dump_json(document), parts
-    return json.dumps(document, default=lambda array: array.tolist()).encode(), parts
+    return dump_tensors(document, finite), parts

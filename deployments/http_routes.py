@@ -17,6 +17,8 @@ MODEL_ROUTES = (
     ("GET", "/config", "model_config"),
     ("GET", "/stats", "statistics"),
     ("POST", "/infer", "infer_elsewhere"),
+    ("POST", "/generate", "generate"),
+    ("POST", "/generate_stream", "generate_stream"),
 )
 ROUTES = (
     ("GET", "/v2", "server_metadata"),
@@ -33,8 +35,6 @@ ROUTES = (
 _TRACE, _LOGGING = "trace settings are not supported", "log settings are not supported"
 _REPOSITORY = "'repository_name' specification is not supported"
 UNSUPPORTED = (
-    *(("POST", f"{model}/generate", "generate is not supported") for model in MODEL),
-    *(("POST", f"{model}/generate_stream", "generate_stream is not supported") for model in MODEL),
     ("GET POST", "/v2/models/{model}/trace/setting", _TRACE),
     ("GET POST", "/v2/trace/setting", _TRACE),
     ("GET POST", "/v2/logging", _LOGGING),

@@ -48,12 +48,14 @@ class OnePlace:
 
 
 class Model:
-    """Answers at once, or when `held` is set. `ran` are the inputs that it has seen."""
+    """Answers at once, or when `held` is set. `ran` are the inputs that it has seen, and `told`
+    what it was told beside them."""
 
     def __init__(self, config, function):
         self.config, self.function = config, function
         self.held: asyncio.Event | None = None
         self.ran: list = []
+        self.told: list = []
         self.groups: list[int] = []
 
     async def execute(self, group, place):
@@ -65,6 +67,7 @@ class Model:
 
     def one(self, entry):
         self.ran.append(entry.inputs)
+        self.told.append(entry.facts)
         if self.function is QueueFull:
             return QueueFull(self.config.name, 1)
         try:

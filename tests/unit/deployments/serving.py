@@ -34,7 +34,8 @@ class LocalGate:
         self.hold: list | None = None
 
     def submit(self, rows, key, inputs, outputs, facts=None):
-        self.submitted.append(SimpleNamespace(rows=rows, key=key, inputs=inputs, outputs=outputs))
+        work = SimpleNamespace(rows=rows, key=key, inputs=inputs, outputs=outputs, facts=facts)
+        self.submitted.append(work)
         if self.model is QueueFull:
             raise QueueFull(self.config.name, 1)
         reply = asyncio.get_running_loop().create_future()
@@ -175,6 +176,9 @@ def models():
         ),
         transpose,
     )
+    # A model of the Python backend, which is told of whole requests.
+    told = config("told", [tensor("X", fp32, (1,))], [tensor("Y", fp32, (1,))])
+    yield told.model_copy(update={"backend": "python"}), echo
     for name, model in (("failing", fail), ("crashing", crash), ("full", QueueFull)):
         yield config(name, [tensor("X", fp32, (1,))], [tensor("Y", fp32, (1,))]), model
 
