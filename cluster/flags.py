@@ -51,9 +51,15 @@ FLAGS: dict[str, Flag] = {
     "max-body-bytes": Flag(
         "max_body_bytes", "number", "largest request with its binary tensors, in bytes"
     ),
+    "http-header-forward-pattern": Flag(
+        "http_header_forward_pattern", "text", "headers that become request parameters: a regex"
+    ),
     "allow-grpc": Flag("allow_grpc", "bool", "serve gRPC"),
     "grpc-address": Flag("grpc_address", "text", "address that gRPC binds"),
     "grpc-port": Flag("grpc_port", "number", "port of gRPC"),
+    "grpc-header-forward-pattern": Flag(
+        "grpc_header_forward_pattern", "text", "metadata that becomes request parameters: a regex"
+    ),
     "allow-metrics": Flag("allow_metrics", "bool", "serve metrics"),
     "metrics-address": Flag("metrics_address", "text", "address that metrics bind"),
     "metrics-port": Flag("metrics_port", "number", "port of metrics"),
@@ -85,13 +91,13 @@ NOT_DONE = frozenset(
     allow-client-shm allow-cpu-metrics allow-gpu-metrics allow-sagemaker allow-vertex-ai
     backend-config backend-directory buffer-manager-thread-count cache-config cache-directory
     cuda-memory-pool-byte-size cuda-virtual-address-size
-    enable-peer-access grpc-header-forward-pattern grpc-http2-max-pings-without-data
+    enable-peer-access grpc-http2-max-pings-without-data
     grpc-http2-max-ping-strikes grpc-http2-min-recv-ping-interval-without-data
     grpc-infer-allocation-pool-size grpc-infer-response-compression-level grpc-infer-thread-count
     grpc-keepalive-permit-without-calls grpc-keepalive-time grpc-keepalive-timeout
     grpc-max-connection-age grpc-max-connection-age-grace grpc-max-response-pool-size
     grpc-restricted-protocol grpc-root-cert grpc-server-cert grpc-server-key grpc-use-ssl
-    grpc-use-ssl-mutual host-policy http-header-forward-pattern http-restricted-api
+    grpc-use-ssl-mutual host-policy http-restricted-api
     http-thread-count log-error log-file log-format log-info log-warning metrics-config
     metrics-interval-ms min-supported-compute-capability model-config-name model-load-gpu-limit
     model-load-retry-count model-namespacing pinned-memory-pool-byte-size rate-limit

@@ -11,7 +11,9 @@ import sys
 from itertools import combinations
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from .patterns import header_pattern
 
 MIB = 1 << 20
 
@@ -168,7 +170,9 @@ class ServerSettings(BaseModel):
     )
 
     http_max_input_size_bytes: int = Field(
-        64 * MIB, ge=1, description="Largest JSON part of an HTTP request, inflated."
+        64 * MIB,
+        ge=1,
+        description="Largest JSON part of a request, and largest inflated body.",
     )
     max_body_bytes: int = Field(
         1024 * MIB, ge=1, description="Largest request in all, with its binary tensors."
@@ -178,6 +182,12 @@ class ServerSettings(BaseModel):
     )
     http_read_timeout_s: float = Field(
         30, gt=0, description="How long a client may take between bytes of a request."
+    )
+    http_header_forward_pattern: str = Field(
+        "", description="HTTP headers whose names match become request parameters; empty: none."
+    )
+    grpc_header_forward_pattern: str = Field(
+        "", description="gRPC metadata whose names match becomes request parameters; empty: none."
     )
     max_json_depth: int = Field(100, ge=1, description="Deepest nesting of request JSON.")
     max_tensor_rank: int = Field(64, ge=1, description="Most dimensions of a tensor.")
@@ -195,6 +205,16 @@ class ServerSettings(BaseModel):
     def _no_polling(cls, value: Any) -> Any:
         if value == "poll":
             raise ValueError("model_control_mode 'poll' is not supported; use none or explicit")
+        return value
+
+    @field_validator("http_header_forward_pattern", "grpc_header_forward_pattern")
+    @classmethod
+    def _compiles(cls, value: str, info: ValidationInfo) -> str:
+        try:
+            header_pattern(value)
+        except ValueError as error:
+            flag = str(info.field_name).replace("_", "-")
+            raise ValueError(f"--{flag}: {error}") from None
         return value
 
     @model_validator(mode="after")

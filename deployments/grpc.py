@@ -20,6 +20,7 @@ from configs.server import ServerSettings
 from . import tensors
 from .contract import NO_SHARED_MEMORY, refuse_shared_memory
 from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
+from .forwarding import forwarding
 from .grpc_stubs import service_pb2 as pb
 from .inference import Inference
 from .types import InferRequest, InferResponse, ParameterValue, RequestedOutput, Tensor
@@ -129,6 +130,12 @@ def _parameters(entries: Mapping[str, Any]) -> dict[str, ParameterValue]:
             raise InvalidArgument(f"parameter '{key}' has no value")
         values[key] = getattr(parameter, choice)
     return values
+
+
+def add_parameters(message: Any, forwarded: Mapping[str, str]) -> None:
+    """What the call's metadata say counts, as over HTTP."""
+    for name, value in forwarded.items():
+        message.parameters[name].string_param = value
 
 
 # --- responses -----------------------------------------------------------------------------------
@@ -262,14 +269,22 @@ class GrpcServicer:
 
     def __init__(self, inference: Inference) -> None:
         self.inference = inference
+        self._forwarding = forwarding(inference.settings.grpc_header_forward_pattern)
         for verb in (*VERBS, *UNSUPPORTED):
             setattr(self, verb, partial(self._serve, verb))
 
     async def _serve(self, verb: str, request: Any, context: Any) -> Any:
         try:
+            if self._forwarding is not None:
+                self.forward(verb, request, context)
             return await handle(verb, request, self.inference)
         except MantaError as error:
             await context.abort(*status(error))
+
+    def forward(self, verb: str, request: Any, context: Any) -> None:
+        """Makes parameters of the call's metadata, where the server is told to."""
+        if self._forwarding is not None and verb == "ModelInfer":
+            add_parameters(request, self._forwarding.of_grpc(context.invocation_metadata() or ()))
 
 
 class Ingress(Protocol):
@@ -284,6 +299,7 @@ def serve_proxy_method(verb: str) -> Callable[..., Coroutine[Any, Any, Any]]:
 
     async def method(ingress: Ingress, request: Any, grpc_context: Any) -> Any:
         try:
+            ingress.grpc_verbs.forward(verb, request, grpc_context)
             return await handle(verb, request, ingress.grpc_verbs.inference)
         except MantaError as error:
             # Raised, the proxy and the replica would each log it as a failure of the server.

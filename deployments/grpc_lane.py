@@ -21,6 +21,7 @@ from . import grpc, grpc_replies, grpc_wire
 from .batcher import MemberResult
 from .directory import Served
 from .errors import Internal, InvalidArgument, MantaError
+from .forwarding import forwarding
 from .grpc_stubs import service_pb2 as pb
 from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused
 from .inference import Inference, told
@@ -52,6 +53,7 @@ class Lane:
         self.settings = settings
         self.limit = min(settings.max_body_bytes, MAX_MESSAGE_BYTES)
         self.heads: Recent[bytes, Head] = Recent(MAX_HEADS)
+        self.forwarding = forwarding(settings.grpc_header_forward_pattern)
         self.connections: set[Connection] = set()
         self._server: asyncio.AbstractServer | None = None
 
@@ -203,7 +205,7 @@ class Connection(asyncio.Protocol):
         self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._head = grpc_wire.read_head(self._url, PATH, self._fields)
+        self._head = grpc_wire.read_head(self._url, PATH, self._fields, self._lane.forwarding)
         if self._head_bytes:
             self._lane.heads.put(self._head_bytes, self._head)
         if self._head.error is not None:
@@ -274,6 +276,8 @@ class Connection(asyncio.Protocol):
     def _submit_new(self, message: bytes | memoryview, parts: Parts | None) -> None:
         """The ordinary road, which owns what is said about a bad message."""
         parsed = pb.ModelInferRequest.FromString(message)
+        if self._head.forwarded is not None:
+            grpc.add_parameters(parsed, self._head.forwarded)
         served = self._lane.inference.find(parsed.model_name, parsed.model_version)
         request = grpc.decode(parsed, self._lane.settings)
         self._served, self._id = served, request.id.encode()

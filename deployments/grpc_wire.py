@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .errors import InvalidArgument
+from .forwarding import Forwarding
 from .grpc_stubs import service_pb2 as pb
 from .plans import MAX_KEY_BYTES
 from .types import InferResponse
@@ -19,7 +21,8 @@ MAX_METADATA_BYTES = 16384  # grpc's own limit
 MAX_MESSAGE_BYTES = 2**31 - 1
 PREFIX_BYTES = 5  # the compressed flag, and the length as four bytes
 
-_DEADLINE_EXCEEDED, _RESOURCE_EXHAUSTED, _UNIMPLEMENTED, _INTERNAL = 4, 8, 12, 13
+_INVALID_ARGUMENT, _DEADLINE_EXCEEDED, _RESOURCE_EXHAUSTED = 3, 4, 8
+_UNIMPLEMENTED, _INTERNAL = 12, 13
 _TIMEOUT = re.compile(rb"([0-9]{1,18})([HMSmun])")
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _LONGEST_S = 1e8
@@ -60,15 +63,21 @@ def incomplete() -> Refused:
 
 class Head(NamedTuple):
     """What the fields of a call say. `length` is None for a body in chunks; `error` is for calls
-    that no message can mend."""
+    that no message can mend; `forwarded` are parameters, where the server has a pattern."""
 
     timeout_s: float | None
     encoding: bytes
     length: int | None = None
     error: Refused | None = None
+    forwarded: Mapping[str, str] | None = None
 
 
-def read_head(path: bytes, wanted: str, fields: Sequence[tuple[bytes, bytes]]) -> Head:
+def read_head(
+    path: bytes,
+    wanted: str,
+    fields: Sequence[tuple[bytes, bytes]],
+    headers: Forwarding | None = None,
+) -> Head:
     """Of a call to `path`; names are lower case, as HAProxy writes them."""
     named = dict(fields)
     size = named.get(b"content-length", b"")
@@ -86,7 +95,13 @@ def read_head(path: bytes, wanted: str, fields: Sequence[tuple[bytes, bytes]]) -
         error = Refused(_INTERNAL, "Error parsing 'grpc-timeout' metadata")
     elif timeout_s == 0:
         error = expired()
-    return Head(timeout_s, encoding, length, error)
+    forwarded = None
+    if headers is not None and error is None:
+        try:
+            forwarded = headers.of_grpc(fields) or None
+        except InvalidArgument as reserved:
+            error = Refused(_INVALID_ARGUMENT, str(reserved))
+    return Head(timeout_s, encoding, length, error, forwarded)
 
 
 def read_timeout(value: bytes) -> float | None:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import http_coding, http_generate, http_infer, http_replies
+from . import forwarding, http_coding, http_generate, http_infer, http_replies
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
     ClientGone,
@@ -34,6 +34,7 @@ from .http_body import (
 from .http_replies import CLOSE, JSON, Field, error_body, error_reply
 from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
 from .inference import Inference
+from .types import InferRequest
 
 Send = Callable[[Message], Awaitable[None]]
 Scope = Message
@@ -51,6 +52,7 @@ class HttpApp:
         self.inference = inference
         self._settings = settings
         self._application = application
+        self._forwarding = forwarding.forwarding(settings.http_header_forward_pattern)
         self.leaving = False
         self._router = Starlette(
             routes=list(self._routes()), exception_handlers={HTTPException: _on_http_exception}
@@ -86,7 +88,7 @@ class HttpApp:
     ) -> None:
         headers = fold(scope["headers"])
         try:
-            status, fields, body = 200, *await self._answer(model, version, headers, receive)
+            status, fields, body = 200, *await self._answer(model, version, headers, scope, receive)
         except ClientGone:
             return
         except Exception as error:
@@ -94,13 +96,15 @@ class HttpApp:
         await _reply(send, status, fields, body)
 
     async def _answer(
-        self, model: str, version: str, headers: Headers, receive: Receive
+        self, model: str, version: str, headers: Headers, scope: Scope, receive: Receive
     ) -> tuple[list[Field], bytes]:
         config = self.inference.find(model, version).config  # a 404 comes before the body
         announced = headers.get(b"inference-header-content-length")
         body = await self._body(headers, receive, announced)
         json_bytes = http_infer.header_length(announced, len(body))
         request = http_infer.decode(config, version, body, json_bytes, self._settings)
+        if self._forwarding is not None:
+            request = self._with_headers(request, scope)
         ticket = self.inference.submit(request)
         if not ticket.future.done():
             await until_done(ticket.future, receive)
@@ -116,6 +120,11 @@ class HttpApp:
     ) -> bytes:
         limit = body_limit(announced, self._settings)
         return await read_within(headers, receive, limit, self._settings)
+
+    def _with_headers(self, request: InferRequest, scope: Scope) -> InferRequest:
+        if self._forwarding is None:
+            return request
+        return forwarding.add(request, self._forwarding.of_http(forwarding.as_sent(scope)))
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -133,7 +142,7 @@ class HttpApp:
         http_generate.check_coding(headers)
         body = await self._body(headers, request.receive)
         asked = http_generate.decode(config, version, body, self._settings)
-        ticket = self.inference.submit(asked)
+        ticket = self.inference.submit(self._with_headers(asked, request.scope))
         await until_done(ticket.future, request.receive)
         try:
             status, fields = 200, [JSON]

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from configs.server import ServerSettings
 
-from . import http_infer, http_replies
+from . import forwarding, http_infer, http_replies
 from .batcher import MemberResult
 from .contract import Work
 from .directory import Served
@@ -138,8 +138,9 @@ def read_call(
             return Call(served, plan.request, plan, inputs, head.coding)
     body = data[start : start + head.body_bytes]
     request = http_infer.decode(served.config, head.version, body, json_bytes, settings)
+    told_of = request if head.forwarded is None else forwarding.add(request, head.forwarded)
     try:
-        work = served.contract.admit(request)
+        work = served.contract.admit(told_of)
     except MantaError as error:
         raise told(request.id, error) from error
     if text and http_infer.all_binary(request):

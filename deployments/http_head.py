@@ -7,6 +7,7 @@ bounded. What is wrong with any other head is told on the ordinary road. Called 
 from __future__ import annotations
 
 import urllib.parse
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import httptools
@@ -15,6 +16,7 @@ from configs.server import ServerSettings
 
 from . import http_body, http_coding, http_infer
 from .errors import MantaError
+from .forwarding import Forwarding, forwarding
 from .http_replies import Field
 from .plans import Recent
 
@@ -27,7 +29,8 @@ _ELSEWHERE = frozenset((b"expect", b"upgrade", b"transfer-encoding", b"content-e
 
 
 class Head(NamedTuple):
-    """What a head says. `body_bytes` -1: not for the lane. `coding`: the answer's, "" for none."""
+    """What a head says. `body_bytes` -1: not for the lane. `coding`: the answer's, "" for none.
+    `forwarded`: parameters that its fields are, where the server has a pattern for them."""
 
     model: str
     version: str
@@ -35,6 +38,7 @@ class Head(NamedTuple):
     json_bytes: int | None
     keep_alive: bool
     coding: str = ""
+    forwarded: Mapping[str, str] | None = None
 
 
 NOT_OURS = Head("", "", -1, None, False)
@@ -66,7 +70,7 @@ class _Reader:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.fields.append((name.lower(), value))
+        self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -78,7 +82,7 @@ class _Reader:
         self._body = True
 
 
-def read_head(data: bytes, settings: ServerSettings) -> Head:
+def read_head(data: bytes, settings: ServerSettings, headers: Forwarding | None = None) -> Head:
     """NOT_OURS unless the lane can carry the call: with all of its limits kept, but for time."""
     reader = _Reader()
     if not reader.feed(data) or reader.facts is None:
@@ -89,7 +93,7 @@ def read_head(data: bytes, settings: ServerSettings) -> Head:
         match = http_infer.PATH.fullmatch(urllib.parse.unquote(url.path.decode("ascii")))
     except (httptools.HttpParserError, UnicodeDecodeError):
         return NOT_OURS
-    fields = http_body.fold(reader.fields)
+    fields = http_body.fold([(name.lower(), value) for name, value in reader.fields])
     if (
         match is None
         or method != b"POST"
@@ -103,10 +107,13 @@ def read_head(data: bytes, settings: ServerSettings) -> Head:
         http_body.check_length(fields, http_body.body_limit(announced, settings))
         body_bytes = int(fields[b"content-length"])
         json_bytes = http_infer.header_length(announced, body_bytes)
+        forwarded = None if headers is None else headers.of_http(reader.fields)
     except MantaError:
         return NOT_OURS
     coding = http_coding.of_reply(fields.get(b"accept-encoding"))
-    return Head(match[1], match[2] or "", body_bytes, json_bytes, keep_alive, coding)
+    return Head(
+        match[1], match[2] or "", body_bytes, json_bytes, keep_alive, coding, forwarded or None
+    )
 
 
 class Heads:
@@ -114,6 +121,7 @@ class Heads:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
+        self._forwarding = forwarding(settings.http_header_forward_pattern)
         self._known: Recent[bytes, Head] = Recent(MAX_HEADS)
 
     def __len__(self) -> int:
@@ -130,7 +138,7 @@ class Heads:
         key = data[:end]
         head = self._known.get(key)
         if head is None:
-            head = read_head(key, self._settings)
+            head = read_head(key, self._settings, self._forwarding)
             if end <= MAX_HEAD_BYTES:
                 self._known.put(key, head)
         return head, end

@@ -22,7 +22,7 @@ from .errors import MantaError
 from .http_body import BodyRefused, Pieces
 from .http_call import Answer, Call, Ending
 from .http_head import NOT_OURS, Head, Heads
-from .http_limits import LimitedProtocol
+from .http_limits import LimitedProtocol, keep_names
 from .http_replies import Field
 from .inference import Inference
 from .scheduler import Entry
@@ -322,4 +322,6 @@ def lane_protocol(edge: Edge, settings: ServerSettings) -> type[LaneProtocol]:
     Connection.lane = Lane(edge, settings)
     Connection.max_header_bytes = settings.http_max_header_bytes
     Connection.read_timeout_s = settings.http_read_timeout_s
+    if settings.http_header_forward_pattern:
+        Connection.on_header = keep_names
     return Connection

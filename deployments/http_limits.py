@@ -12,6 +12,7 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from . import http_body, http_replies
+from .forwarding import AS_SENT
 
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
@@ -160,11 +161,22 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._flush_timer = None
 
 
-def limited_protocol(max_header_bytes: int, read_timeout_s: float) -> type[LimitedProtocol]:
+def keep_names(connection: LimitedProtocol, name: bytes, value: bytes) -> None:
+    """A field as uvicorn takes it, and beside it with its name as it was sent."""
+    HttpToolsProtocol.on_header(connection, name, value)
+    extensions = connection.scope.setdefault("extensions", {})
+    extensions.setdefault(AS_SENT, []).append((name, value))
+
+
+def limited_protocol(
+    max_header_bytes: int, read_timeout_s: float, keeps_names: bool = False
+) -> type[LimitedProtocol]:
     """uvicorn makes one of these per connection and gives it nothing of ours."""
 
     class Limited(LimitedProtocol):
         pass
 
     Limited.max_header_bytes, Limited.read_timeout_s = max_header_bytes, read_timeout_s
+    if keeps_names:
+        Limited.on_header = keep_names
     return Limited

@@ -90,7 +90,9 @@ def _protocol(app: Any, settings: ServerSettings) -> type[asyncio.Protocol]:
         lane: type[asyncio.Protocol] = lane_protocol(app, settings)
         return lane
     limited: type[asyncio.Protocol] = limited_protocol(
-        settings.http_max_header_bytes, settings.http_read_timeout_s
+        settings.http_max_header_bytes,
+        settings.http_read_timeout_s,
+        bool(settings.http_header_forward_pattern),
     )
     return limited
 

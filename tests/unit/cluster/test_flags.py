@@ -124,6 +124,14 @@ def test_a_wrong_command_line_ends_with_1(words: list[str], capsys: pytest.Captu
     assert captured.err or captured.out
 
 
+def test_a_pattern_that_cannot_be_compiled_names_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for flag in ("--http-header-forward-pattern", "--grpc-header-forward-pattern"):
+        assert main(["serve", f"--model-repository={tmp_path}", f"{flag}=my_(header"]) == 1
+        assert f"{flag}: 'my_(header' is no regular expression" in capsys.readouterr().err
+
+
 def test_help(capsys: pytest.CaptureFixture) -> None:
     assert main(["serve", "--help"]) == 0
     assert "--model-repository" in capsys.readouterr().out

@@ -90,6 +90,8 @@ def test_replicas_get_the_variables_of_torch_and_cuda():
         ({"max_queue_s": float("inf")}, "finite"),
         ({"gpu_fraction": 0}, "greater than 0"),
         ({"listener": "haproxy"}, "listener"),
+        ({"http_header_forward_pattern": "("}, "--http-header-forward-pattern: '\\(' is no reg"),
+        ({"grpc_header_forward_pattern": "*"}, "--grpc-header-forward-pattern: "),
     ],
 )
 def test_refused(given, reason):
