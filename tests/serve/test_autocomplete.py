@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from cluster import configure
@@ -19,7 +18,7 @@ from configs import pbtxt
 from deployments.repository import Repository
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import Arrays, infer, rows
+from tests.serve.clients import Arrays, infer, loading, rows
 from tests.serve.server import Server
 
 INPUTS = [
@@ -53,12 +52,8 @@ def completed(server: Server, models_root: Path, seed_package: Path) -> Iterator
     half += "".join(f'input {{ name: "{name}" }}\n' for name in INPUTS[::-1])
     repository.write_config(root, "partly", half)
     repository.write_config(root, "too_large", "max_batch_size: 16\n")
-    with httpclient.InferenceServerClient(server.http, network_timeout=240) as client:
-        for name in COMPLETED:
-            client.load_model(name)
+    with loading(server, COMPLETED):
         yield
-        for name in COMPLETED:
-            client.unload_model(name)
 
 
 @pytest.fixture(params=["http", "grpc"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from configs.dtypes import DataType
 from tests import kinds, models
 from tests.kinds import NUMERIC, TYPED
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, module_of
+from tests.serve.clients import aio_client, infer, infer_aio, loading, module_of
 from tests.serve.server import Server
 
 HALVES = tuple(one for one in NUMERIC if one not in TYPED)
@@ -47,7 +47,7 @@ def every(kind: Sequence[DataType], engine: str, more: str, dims: str = "-1") ->
 
 
 @pytest.fixture(scope="module")
-def loaded(models_root: Path, server: Server, kinds_package: Path) -> None:
+def loaded(models_root: Path, server: Server, kinds_package: Path) -> Iterator[None]:
     libtorch = 'platform: "pytorch_libtorch"'
     for name, of in (("traced", TYPED), ("halves", HALVES)):
         kinds.save_traced(of, models.version_folder(models_root, name) / "model.pt")
@@ -76,9 +76,8 @@ def loaded(models_root: Path, server: Server, kinds_package: Path) -> None:
             max_batch_size=8,
         ),
     )
-    with httpclient.InferenceServerClient(server.http, network_timeout=300) as client:
-        for name in (*SERVED, "reshaped"):
-            client.load_model(name)
+    with loading(server, (*SERVED, "reshaped")):
+        yield
 
 
 def given(module: Any, of: Sequence[DataType], arrays: Sequence[Any], json: bool) -> list[Any]:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
+from tests.serve.clients import aio_client, infer, infer_aio, loading, rows, statistics
 from tests.serve.server import Server
 
 REQUESTS = 100
@@ -60,12 +59,8 @@ def programs(server: Server, models_root: Path) -> Iterator[None]:
     more = two + repository.parameter("COMPILE_ON_LOAD", "true")
     repository.write_config(models_root, COMPILED, engine + more)
     poison(models_root / "exported_evil" / "1" / "model.pt2")
-    with httpclient.InferenceServerClient(server.http, network_timeout=240) as client:
-        for name in (PLAIN, COMPILED):
-            client.load_model(name)
+    with loading(server, (PLAIN, COMPILED)):
         yield
-        for name in (PLAIN, COMPILED):
-            client.unload_model(name)
 
 
 class Evil:

@@ -28,9 +28,14 @@ SHORT = np.full((1, 1), 0.01, np.float32)
 
 
 @pytest.fixture(scope="module")
-def own(models_root: Path) -> Iterator[Server]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return repository.build(tmp_path_factory.mktemp("own"), None)
+
+
+@pytest.fixture(scope="module")
+def own(root: Path) -> Iterator[Server]:
     flags = ["--model-control-mode=explicit", "--load-model=slow", "--max-execution-secs=5"]
-    with manta_serve(models_root, *flags) as server:
+    with manta_serve(root, *flags) as server:
         server.wait_ready()
         yield server
 
@@ -152,11 +157,11 @@ def test_a_killed_router_leaves_no_port_behind_and_comes_back(own: Server) -> No
 
 
 def test_a_restarted_controller_loads_what_has_changed_and_loses_nothing(
-    own: Server, models_root: Path
+    own: Server, root: Path
 ) -> None:
     """Adopted as it is, then loaded anew, since the file is another one by now."""
     whole(own)
-    source = models_root / "slow" / "1" / "model.py"
+    source = root / "slow" / "1" / "model.py"
     old = source.read_text()
     (controller,) = own.replica_pids("manta:Controller")
     client = httpclient.InferenceServerClient(own.http)
@@ -187,7 +192,7 @@ def test_sigterm_answers_every_accepted_request(own: Server) -> None:
         assert port_is_free(port)
 
 
-def test_a_second_server_on_a_busy_port_fails_at_once_naming_it(models_root: Path) -> None:
+def test_a_second_server_on_a_busy_port_fails_at_once_naming_it(root: Path) -> None:
     import socket
 
     busy, other, third = free_ports(3)
@@ -198,7 +203,7 @@ def test_a_second_server_on_a_busy_port_fails_at_once_naming_it(models_root: Pat
             [
                 str(BIN / "manta"),
                 "serve",
-                f"--model-repository={models_root}",
+                f"--model-repository={root}",
                 f"--http-port={busy}",
                 f"--grpc-port={other}",
                 f"--metrics-port={third}",

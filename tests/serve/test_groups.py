@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows
+from tests.serve.clients import aio_client, infer, infer_aio, loading, rows
 from tests.serve.repository import parameter, tensor
 from tests.serve.server import Server, wait_for
 
@@ -86,17 +86,8 @@ def groups(server: Server, models_root: Path) -> Iterator[Server]:
     write_threads(models_root, "many", MANY)
     write_threads(models_root, "few", FEW)
 
-    async def load() -> None:
-        async with aio_client(server, "grpc") as client:
-            await asyncio.gather(*(client.load_model(name) for name in LOADED))
-
-    async def unload() -> None:
-        async with aio_client(server, "grpc") as client:
-            await asyncio.gather(*(client.unload_model(name) for name in LOADED))
-
-    asyncio.run(load())
-    yield server
-    asyncio.run(unload())
+    with loading(server, LOADED):
+        yield server
 
 
 def replicas(server: Server, model: str) -> list[dict[str, Any]]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.http as httpclient
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import Arrays, aio_client, infer_aio
+from tests.serve.clients import Arrays, aio_client, infer_aio, loading
 from tests.serve.server import Server
 
 SLOW_S, SOON_S, BETWEEN_S = 1.5, 0.7, 0.2
@@ -26,10 +25,8 @@ def ordered(server: Server, models_root: Path) -> Iterator[str]:
     text = (models_root / "slow" / "config.pbtxt").read_text()
     text += "dynamic_batching { preserve_ordering: true }\n"
     repository.write_config(models_root, "ordered", text)
-    with httpclient.InferenceServerClient(server.http, network_timeout=120) as client:
-        client.load_model("ordered")
+    with loading(server, ["ordered"]):
         yield "ordered"
-        client.unload_model("ordered")
 
 
 def seconds(value: float) -> Arrays:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests import models
-from tests.serve.clients import infer, rows
+from tests.serve.clients import infer, loading, rows
 from tests.serve.server import Server
 
 
@@ -39,10 +38,8 @@ def packages(server: Server, models_root: Path, seed_package: Path) -> Iterator[
         x, y, z = torch.ones(3, 2, 4).unbind()  # one tensor thrice would be one input thrice
         made = torch.export.export(Keywords(), (), {"left": x, "more": {"a": [y, z]}})
         torch.export.save(made, str(models.version_folder(root, "keywords") / "model.pt2"))
-    with httpclient.InferenceServerClient(server.http, network_timeout=240) as client:
-        client.load_model("keywords")
+    with loading(server, ["keywords"]):
         yield
-        client.unload_model("keywords")
 
 
 def rewrite(package: Path, target: Path, old: bytes, new: bytes) -> None:

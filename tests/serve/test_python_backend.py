@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
+from tests.serve.clients import aio_client, infer, infer_aio, loading, rows, statistics
 from tests.serve.server import Server, wait_for
 
 HEAD = """
@@ -198,16 +198,9 @@ def write(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def python_models(server: Server, models_root: Path) -> Iterator[None]:
-    import tritonclient.http as httpclient
-
     write(models_root)
-    client = httpclient.InferenceServerClient(server.http, network_timeout=120)
-    for name in NAMES:
-        client.load_model(name)
-    yield
-    for name in NAMES:
-        client.unload_model(name)
-    client.close()
+    with loading(server, NAMES):
+        yield
 
 
 pytestmark = pytest.mark.usefixtures("python_models")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from configs.pbtxt import to_proto
 from tests import models
 from tests.ragged import SOURCE, packed, packed_config, told
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer_aio, statistics
+from tests.serve.clients import aio_client, infer_aio, loading, statistics
 from tests.serve.server import Server
 
 HELD = "dynamic_batching { preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 1500000 }"
@@ -32,7 +31,9 @@ def write(root: Path, name: str, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(models_root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
+def loaded(
+    models_root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     made = packed_config().model_copy(update={"name": ""})
     module = packed(tmp_path_factory.mktemp("packed") / "packed.py")
     for name in ("ragged", "ragged_lost"):
@@ -42,9 +43,8 @@ def loaded(models_root: Path, server: Server, tmp_path_factory: pytest.TempPathF
     models.save_eager(SOURCE, models_root, "ragged_eager")
     eager = made.model_copy(update={"platform": "", "runtime": "model.py"})
     write(models_root, "ragged_eager", str(to_proto(eager)))
-    with httpclient.InferenceServerClient(server.http, network_timeout=300) as client:
-        for name in ("ragged", "ragged_eager"):
-            client.load_model(name)
+    with loading(server, ("ragged", "ragged_eager")):
+        yield
 
 
 def arrays(shapes: Sequence[tuple[int, ...]], spoilt: int | None = None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, module_of, statistics
+from tests.serve.clients import aio_client, infer, infer_aio, loading, module_of, statistics
 from tests.serve.server import Server
 
 HELD = "dynamic_batching { preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 1500000 }"
@@ -46,7 +47,7 @@ class Greet(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def loaded(models_root: Path, server: Server) -> None:
+def loaded(models_root: Path, server: Server) -> Iterator[None]:
     models.save_torchscript(Greet(), models_root, "greet")
     repository.write_config(
         models_root,
@@ -86,9 +87,8 @@ def loaded(models_root: Path, server: Server) -> None:
         "matrix_of_strings",
         repository.config([wide], [repository.tensor("OUTPUT__0", "2", "TYPE_STRING")]),
     )
-    with httpclient.InferenceServerClient(server.http, network_timeout=300) as client:
-        for name in ("greet", "upper"):
-            client.load_model(name)
+    with loading(server, ("greet", "upper")):
+        yield
 
 
 def asked(words: list[bytes], first: float) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import Arrays, aio_client, infer, infer_aio, rows, statistics
+from tests.serve.clients import Arrays, aio_client, infer, infer_aio, loading, rows, statistics
 from tests.serve.repository import EAGER, tensor
 from tests.serve.server import Server, wait_for
 from tests.structures import Point, Structured
@@ -116,18 +115,8 @@ def write(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(server: Server, models_root: Path) -> Iterator[None]:
-    names = write(models_root)
-
-    def post(name: str, verb: str) -> httpx.Response:
-        address = f"http://{server.http}/v2/repository/models/{name}/{verb}"
-        return httpx.post(address, json={}, timeout=300)
-
-    with ThreadPoolExecutor(8) as pool:
-        for reply in pool.map(post, names, ["load"] * len(names)):
-            assert reply.status_code == 200, reply.text
+    with loading(server, write(models_root)):
         yield
-        for reply in pool.map(post, names, ["unload"] * len(names)):
-            assert reply.status_code == 200, reply.text
 
 
 @pytest.fixture(params=["http", "grpc"])
