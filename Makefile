@@ -12,7 +12,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install check test test-unit test-serve test-long serve example bench bench-start clean
+.PHONY: install check test test-unit test-serve test-long soak serve example bench bench-start clean
 
 install: $(VENV)/installed
 
@@ -31,16 +31,19 @@ check: install
 	$(BIN)/mypy
 
 test: install
-	$(PYTEST) -m "not long" $(ARGS)
+	$(PYTEST) -m "not long and not soak" $(ARGS)
 
 test-unit: install
 	$(PYTEST) tests/unit $(ARGS)
 
 test-serve: install
-	$(PYTEST) tests/serve -m "not long" $(ARGS)
+	$(PYTEST) tests/serve -m "not long and not soak" $(ARGS)
 
 test-long: install
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+soak: install
+	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
 example: install
 	$(BIN)/python examples/build.py --output $(REPOSITORY)
