@@ -18,6 +18,7 @@ import torch
 from tests import kinds, models
 
 
+@pytest.hookimpl(tryfirst=True)  # the workers' own hook reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests go to one worker, since they share its fixtures; and all files that use the
     session's server go to the same one, so that there is one such server. For pytest-xdist's
