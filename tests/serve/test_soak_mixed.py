@@ -195,11 +195,11 @@ async def everything(server: Server, books: Books, seconds: float) -> None:
     """All of it side by side; an exception in any of it ends it all."""
     kinds: list[Callable[[], Awaitable[None]]] = [
         *(
-            lambda p=protocol, n=number: good(server, books, p, n)  # type: ignore[misc]
+            lambda p=protocol, n=number: good(server, books, p, n)
             for number, protocol in enumerate(("http", "http", "grpc", "grpc"))
         ),
-        *(lambda p=p: large(server, books, p) for p in ("http", "grpc")),  # type: ignore[misc]
-        *(lambda p=p: raising(server, books, p) for p in ("http", "grpc")),  # type: ignore[misc]
+        *(lambda p=p: large(server, books, p) for p in ("http", "grpc")),
+        *(lambda p=p: raising(server, books, p) for p in ("http", "grpc")),
         lambda: malformed(server, books),
         lambda: late(server, books),
         lambda: leaving(server, books),
