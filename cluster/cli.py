@@ -75,14 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_settings(arguments: Sequence[str]) -> ServerSettings:
-    """Raises FlagError or pydantic's ValidationError; repositories become absolute paths."""
+    """Raises FlagError or pydantic's ValidationError; folders become absolute paths."""
     values = parse(arguments)
     settings = ServerSettings(**values)
     absolute = tuple(os.path.abspath(path) for path in settings.model_repository)
     for path in absolute:
         if not os.path.isdir(path):
             raise FlagError(f"model repository '{path}' is not a directory")
-    return settings.model_copy(update={"model_repository": absolute})
+    folder = settings.file_override_directory
+    if folder and not os.path.isdir(folder):
+        raise FlagError(f"--file-override-directory '{folder}' is not a directory")
+    return settings.model_copy(
+        update={
+            "model_repository": absolute,
+            "file_override_directory": os.path.abspath(folder) if folder else "",
+        }
+    )
 
 
 def _first_reason(error: Exception) -> str:

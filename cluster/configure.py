@@ -17,8 +17,9 @@ from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import parse_parameters
 from configs.placement import list_gpus
+from deployments.disk import CONFIG
 from deployments.errors import MantaError
-from deployments.repository import CONFIG, Found, Repository
+from deployments.repository import Found, Repository
 
 GOOD, BAD = 0, 1
 

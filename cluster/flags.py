@@ -29,9 +29,16 @@ class Flag:
 FLAGS: dict[str, Flag] = {
     "model-repository": Flag("model_repository", "list", "path of a model repository; repeatable"),
     "model-store": Flag("model_repository", "list", "the same as --model-repository"),
-    "model-control-mode": Flag("model_control_mode", "text", "none or explicit"),
+    "model-control-mode": Flag("model_control_mode", "text", "none, poll or explicit"),
+    "repository-poll-secs": Flag("repository_poll_s", "number", "how often mode poll looks"),
     "load-model": Flag("load_model", "list", "model to load at start in explicit mode; repeatable"),
     "model-load-thread-count": Flag("model_load_thread_count", "number", "models loaded at a time"),
+    "model-load-retry-count": Flag(
+        "model_load_retry_count", "number", "how often a load is tried again"
+    ),
+    "model-config-name": Flag(
+        "model_config_name", "text", "configs/NAME.pbtxt stands for config.pbtxt where it is there"
+    ),
     "disable-auto-complete-config": Flag(
         "disable_auto_complete_config", "switch", "config.pbtxt must be complete"
     ),
@@ -78,6 +85,15 @@ FLAGS: dict[str, Flag] = {
     "max-queue-secs": Flag("max_queue_s", "number", "how long a request may wait for a batch"),
     "max-execution-secs": Flag("max_execution_s", "number", "when a running batch counts as hung"),
     "model-load-timeout-secs": Flag("model_load_timeout_s", "number", "limit of one load"),
+    "allow-file-override": Flag(
+        "allow_file_override", "bool", "load requests may bring files of a model along"
+    ),
+    "file-override-directory": Flag(
+        "file_override_directory", "text", "folder for such files; one that all nodes share"
+    ),
+    "max-file-override-bytes": Flag(
+        "max_file_override_bytes", "number", "most that the files of one load may weigh"
+    ),
     "compile-cache": Flag("compile_cache", "text", "folder for what COMPILE_ON_LOAD compiles"),
     "logical-gpus": Flag("logical_gpus", "bool", "run GPU instances on the CPU, to test placement"),
     "allow-insecure-cluster": Flag(
@@ -99,9 +115,9 @@ NOT_DONE = frozenset(
     grpc-restricted-protocol grpc-root-cert grpc-server-cert grpc-server-key grpc-use-ssl
     grpc-use-ssl-mutual host-policy http-restricted-api
     http-thread-count log-error log-file log-format log-info log-warning metrics-config
-    metrics-interval-ms min-supported-compute-capability model-config-name model-load-gpu-limit
-    model-load-retry-count model-namespacing pinned-memory-pool-byte-size rate-limit
-    rate-limit-resource repoagent-directory repository-poll-secs response-cache-byte-size
+    metrics-interval-ms min-supported-compute-capability model-load-gpu-limit
+    model-namespacing pinned-memory-pool-byte-size rate-limit
+    rate-limit-resource repoagent-directory response-cache-byte-size
     reuse-grpc-port reuse-http-port sagemaker-port sagemaker-safe-port-range
     sagemaker-thread-count trace-config trace-count trace-file trace-level
     trace-log-frequency trace-rate vertex-ai-default-model vertex-ai-port vertex-ai-thread-count

@@ -62,10 +62,20 @@ def examine(
         _parse_text(_without_alias(text, file), proto)
     except ConfigError as error:
         return None, [locate(error, text, file)]
+    open_batch = partial and "max_batch_size" not in _top_level(text)
+    config, found = examine_proto(proto, directory_name, partial, open_batch)
+    return config, [locate(error, text, file) for error in found]
+
+
+def examine_proto(
+    proto: Any, directory_name: str, partial: bool, open_batch: bool
+) -> tuple[ModelConfig, list[ConfigError]]:
+    """The same of what was read, however it was written; `open_batch`: it says no
+    max_batch_size, so that the model may."""
     found = [*unsupported(proto), *shared_state(proto), *_misnamed(proto, directory_name)]
     proto.name = directory_name
     config = from_proto(proto)
-    if partial and "max_batch_size" not in _top_level(text):
+    if open_batch:
         config = config.model_copy(update={"open_batch": True})
     found += checks.errors(config, partial)
     if config.platform and not config.runtime:  # else the files decide, in `normalise`
@@ -74,7 +84,7 @@ def examine(
             ragged.check_kind(config, runtime_kind(config))
         except ConfigError as error:
             found.append(error)
-    return config, [locate(error, text, file) for error in found]
+    return config, found
 
 
 def _misnamed(proto: Any, directory_name: str) -> Iterator[ConfigError]:

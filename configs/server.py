@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -71,11 +71,35 @@ class ServerSettings(BaseModel):
         min_length=1,
         description="Model repositories; by default those of MANTA_MODEL_REPOSITORY.",
     )
-    model_control_mode: Literal["none", "explicit"] = Field(
-        "none", description="`none` loads all models at start; `explicit` only those asked for."
+    model_control_mode: Literal["none", "poll", "explicit"] = Field(
+        "none",
+        description="`none` loads all models at start, `poll` also what changes later, `explicit` "
+        "only those asked for.",
     )
     load_model: tuple[str, ...] = Field(
         (), description="Models to load at start in explicit mode; `*` alone loads all."
+    )
+    repository_poll_s: float = Field(
+        15, gt=0, description="How often mode `poll` looks; it acts on what two looks agree on."
+    )
+    model_config_name: str = Field(
+        "",
+        pattern=r"^[\w.+@~=:,-]*$",
+        description="configs/<name>.pbtxt stands for config.pbtxt in models that have it.",
+    )
+    model_load_retry_count: int = Field(
+        0, ge=0, le=100, description="How often the load of a version is tried again."
+    )
+    allow_file_override: bool = Field(
+        False, description="Load requests may bring files of a model along."
+    )
+    file_override_directory: str = Field(
+        "",
+        description="Folder for such files; with several nodes one that they share. By default the "
+        "Controller's temporary one.",
+    )
+    max_file_override_bytes: int = Field(
+        256 * MIB, ge=1, description="Most that the files of one load request may weigh."
     )
     exit_on_error: bool = Field(
         True, description="Stop the server when a model fails to load at start."
@@ -199,13 +223,6 @@ class ServerSettings(BaseModel):
         False, description="Run on a Ray cluster that has no token authentication."
     )
     log_verbose: int = Field(0, ge=0, description="Verbosity of the log; 0 is off.")
-
-    @field_validator("model_control_mode", mode="before")
-    @classmethod
-    def _no_polling(cls, value: Any) -> Any:
-        if value == "poll":
-            raise ValueError("model_control_mode 'poll' is not supported; use none or explicit")
-        return value
 
     @field_validator("http_header_forward_pattern", "grpc_header_forward_pattern")
     @classmethod

@@ -14,7 +14,9 @@ from urllib.parse import quote, unquote
 
 import ray
 from ray import serve
+from ray.serve._private.common import DeploymentID
 from ray.serve.api import RunTarget
+from ray.serve.context import _get_global_client
 
 from configs.placement import GroupPlacement
 from configs.server import ServerSettings
@@ -25,6 +27,7 @@ logger = logging.getLogger("ray.serve")
 
 PREFIX = "manta"
 GPU_RESOURCE = "manta_gpu_"
+SCALE_S = 30.0
 # Serve registers modules with cloudpickle for the time of a call, in a table of the whole process:
 # two of its calls at once trip over each other (2.60: "not registered for pickle by value").
 _SERVE_CALLS = threading.Lock()
@@ -66,10 +69,13 @@ def resources() -> Collection[str]:
 def deploy(name: str, bind: Callable[[], Any]) -> None:
     """Hand the application that `bind` makes to Serve; returns before its replicas are there."""
     with _SERVE_CALLS:
-        serve.run_many(
-            [RunTarget(target=bind(), name=name, route_prefix=None)],
-            wait_for_applications_running=False,
+        target = RunTarget(
+            target=bind(),
+            name=name,
+            route_prefix=None,
+            external_scaler_enabled=True,  # so that `scale` may change it
         )
+        serve.run_many([target], wait_for_applications_running=False)
 
 
 def _applications() -> dict[str, Any]:
@@ -148,3 +154,15 @@ def has_proxy() -> bool:
 
 def generation_number() -> int:
     return time.time_ns() // 1_000_000
+
+
+def scale(name: str, deployment: str, count: int) -> None:
+    """Have Serve run so many replicas of a deployment. Those that stay are not touched, as all of
+    them would be if the application were handed in again; those that go are drained."""
+    controller = _get_global_client()._controller
+    wanted = DeploymentID(name=deployment, app_name=name)
+    ray.get(controller.update_deployment_replicas.remote(wanted, count), timeout=SCALE_S)
+
+
+def node_count() -> int:
+    return sum(1 for node in ray.nodes() if node["Alive"])

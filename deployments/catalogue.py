@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, replace
 
 from configs.model import ModelConfig
 
-from .types import Endpoint, ModelState, ReplicaReport, Snapshot, Target, VersionSnapshot
+from .types import (
+    Endpoint,
+    ModelState,
+    Override,
+    ReplicaReport,
+    Snapshot,
+    Target,
+    VersionSnapshot,
+)
 
 # A replica reports every second; after this long without a word it counts for no slot.
 STALE_S = 5.0
@@ -25,7 +33,8 @@ class Generation:
     """One application of one model version. `replicas` is how many each deployment wants.
 
     `config` is what was planned until the replicas have completed it, and then what clients see:
-    once `settled`, a replica that comes to another one does not count.
+    once `settled`, a replica that comes to another one does not count. `override`: what it was made
+    of, where that is not what is on disk.
     """
 
     application: str
@@ -35,6 +44,12 @@ class Generation:
     reports: dict[str, ReplicaReport] = field(default_factory=dict)
     seen_s: dict[str, float] = field(default_factory=dict)
     settled: bool = False
+    override: Override | None = None
+
+    @property
+    def folder(self) -> str:
+        """That of the files which it was given, "" where there are none."""
+        return self.override.folder if self.override else ""
 
     def note(self, report: ReplicaReport, now_s: float) -> bool:
         """Take a report; true when it changes what Routers or a waiting load should know."""
@@ -43,11 +58,22 @@ class Generation:
             self.reports.pop(report.replica_id, None)
             self.seen_s.pop(report.replica_id, None)
         else:
-            if self.settled and report.loaded and report.config != self.config:
+            if self.settled and report.loaded and not _alike(report.config, self.config):
                 report = replace(report, loaded=False, error=DISAGREE)
             self.reports[report.replica_id] = report
             self.seen_s[report.replica_id] = now_s
         return before != (self.targets(), self.error(), self.complete())
+
+    def adjust(self, planned: ModelConfig) -> bool:
+        """Take over what may change while its replicas serve on; true if something has."""
+        config = self.config.model_copy(
+            update={
+                "version_policy": planned.version_policy,
+                "instance_group": planned.instance_group,
+            }
+        )
+        changed, self.config = config != self.config, config
+        return changed
 
     def drop_stale(self, now_s: float) -> bool:
         stale = [name for name, seen_s in self.seen_s.items() if now_s - seen_s > STALE_S]
@@ -97,6 +123,14 @@ class Generation:
 
     def error(self) -> str:
         return next((report.error for report in self.reports.values() if report.error), "")
+
+
+def _alike(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether they make the same replica: what `adjust` takes over may differ."""
+    if one == other:
+        return True
+    free = {"version_policy": None, "instance_group": ()}
+    return one.model_copy(update=free) == other.model_copy(update=free)
 
 
 @dataclass

@@ -27,7 +27,9 @@ from .errors import ControlDisabled, ShuttingDown, Unavailable
 from .followers import Followers
 from .lifecycle import Lifecycle
 from .metrics import render
-from .repository import Repository, check_model_name
+from .names import check_model_name
+from .polling import Poller
+from .repository import Repository
 from .statistics import Aggregator, Delta, VersionKey
 from .types import ReplicaReport, Snapshot
 
@@ -48,8 +50,9 @@ class Controller:
         self._settings = settings
         self._application = serve.get_replica_context().app_name
         await asyncio.to_thread(_check_cluster, settings)
-        repository = Repository(settings.model_repository)
+        repository = Repository(settings.model_repository, settings.model_config_name)
         repository.check()
+        self._repository = repository
         self._catalogue = Catalogue(epoch=time.time_ns())
         self._changed = asyncio.Condition()
         self._told: deque[str] = deque(maxlen=MAX_MESSAGES)
@@ -65,6 +68,7 @@ class Controller:
             self._announce,
             self._tell,
         )
+        self._poller = Poller(repository, self._lifecycle, settings.repository_poll_s)
         self._first_pass_over = False
         self._aggregator = Aggregator()
         self._counted: set[VersionKey] = set()
@@ -72,8 +76,11 @@ class Controller:
         self._tasks = [loop.create_task(self._start()), loop.create_task(self._tick())]
 
     async def _start(self) -> None:
+        polls = self._settings.model_control_mode == "poll"
         while True:
             try:
+                if polls:
+                    await self._poller.begin()
                 await self._lifecycle.start()
                 break
             except Exception:  # of Serve's controller, say; an empty server must not seem ready
@@ -81,6 +88,9 @@ class Controller:
                 await asyncio.sleep(RETRY_S)
         self._first_pass_over = self._catalogue.started = True
         await self._announce()
+        if polls:
+            loop = asyncio.get_running_loop()
+            self._tasks.append(loop.create_task(self._poller.run()))
 
     def _tell(self, text: str) -> None:
         """For whoever runs the server: on this process's output, and for `manta serve` to show."""
@@ -191,6 +201,10 @@ class Controller:
         else:
             await self._lifecycle.unload(name)
 
+    async def on_disk(self) -> dict[str, str]:
+        """Every model directory, whatever was loaded, and why it can be none, if so."""
+        return await asyncio.to_thread(self._repository.names)
+
     async def replicas(self) -> list[ReplicaReport]:
         """What every live replica last said of itself; for tests and for `manta` commands."""
         return [
@@ -237,6 +251,7 @@ class Controller:
             for name in await asyncio.to_thread(applications.live):
                 with contextlib.suppress(Exception):  # the others must go all the same
                     await asyncio.to_thread(applications.delete, name)
+            await self._lifecycle.close()
 
 
 def _check_cluster(settings: ServerSettings) -> None:

@@ -15,6 +15,7 @@ from configs.model import ModelConfig
 
 from .contract import Contract
 from .errors import InvalidArgument, NoAvailableVersion, NotReady, UnknownModel, UnknownVersion
+from .names import check_model_name
 from .plans import PlanCache
 from .scheduler import Entry
 from .types import Array, ModelState, RequestFacts, Snapshot, VersionSnapshot
@@ -104,6 +105,7 @@ class Directory:
     def _find_odd(self, name: str, version: str) -> Served:
         number = version_number(version)
         if name not in self._known:
+            check_model_name(name)
             raise UnknownModel(name)
         if number is None:
             raise NoAvailableVersion(name)

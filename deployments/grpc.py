@@ -192,7 +192,7 @@ async def _model_statistics(request: Any, inference: Inference) -> Any:
 
 async def _repository_index(request: Any, inference: Inference) -> Any:
     _check_repository(request)
-    return pb.RepositoryIndexResponse(models=inference.index(request.ready))
+    return pb.RepositoryIndexResponse(models=await inference.index(request.ready))
 
 
 async def _repository_model_load(request: Any, inference: Inference) -> Any:

@@ -6,6 +6,7 @@ ASGI app; the listener and Serve both call it. Most infer calls never get here: 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -19,7 +20,14 @@ from starlette.routing import Route
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import forwarding, http_coding, http_generate, http_infer, http_replies
+from . import (
+    forwarding,
+    http_coding,
+    http_generate,
+    http_infer,
+    http_replies,
+    http_repository,
+)
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
     ClientGone,
@@ -197,13 +205,11 @@ class HttpApp:
         ready = (await self._document(request)).get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidArgument("Invalid value for 'ready': expected a boolean")
-        return _json(self.inference.index(ready))
+        return _json(await self.inference.index(ready))
 
     async def load(self, request: Request) -> Response:
-        parameters = await self._parameters(request)
-        for key in parameters:
-            if key != "config" and not key.startswith("file:"):
-                raise Internal(f"unrecognized load parameter '{key}'")  # 500, as in Triton
+        given = await self._parameters(request)
+        parameters = await asyncio.to_thread(http_repository.load_parameters, given)
         await self.inference.load(request.path_params["model"], parameters)
         return Response(status_code=200)
 

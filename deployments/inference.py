@@ -6,6 +6,7 @@ hands admitted work to the version's gate and control verbs to the Controller. C
 
 from __future__ import annotations
 
+import contextlib
 from asyncio import Future
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from configs import dtypes
 from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.server import ServerSettings
 
+from . import index, overrides
 from .contract import Work
 from .directory import Served
 from .errors import (
@@ -32,6 +34,7 @@ from .errors import (
     UnknownError,
     Unsupported,
 )
+from .names import check_model_name
 from .types import InferRequest, InferResponse, ModelState, Snapshot
 
 # Only what is done here: a client may ask for whatever this list names.
@@ -64,7 +67,8 @@ class Versions(Protocol):
 
 
 class Control(Protocol):
-    """The Controller: `load` and `unload` (name, parameters), `statistics` (name, version)."""
+    """The Controller: `load` and `unload` (name, parameters), `statistics` (name, version),
+    `on_disk` ()."""
 
     async def call(self, verb: str, *args: Any) -> Any: ...
 
@@ -204,29 +208,20 @@ class Inference:
             self._check_counted(name, version)
         return {"model_stats": await self._control.call("statistics", name, version)}
 
-    def index(self, ready_only: bool) -> list[dict[str, str]]:
+    async def index(self, ready_only: bool) -> list[dict[str, str]]:
         """What the repository holds: only the name of a model that was never touched."""
-        entries = []
-        for each in self._versions.snapshot().versions:
-            if ready_only and each.state is not ModelState.READY:
-                continue
-            entry = {"name": each.model_name}
-            if each.version:
-                entry["version"] = str(each.version)
-            if each.version or each.state is not ModelState.UNKNOWN:
-                entry["state"] = each.state.value
-            if each.reason:
-                entry["reason"] = each.reason
-            entries.append(entry)
-        return entries
+        on_disk = None
+        if not ready_only:
+            with contextlib.suppress(MantaError):  # without a Controller, what is known has to do
+                on_disk = await self._control.call("on_disk")
+        return index.entries(self._versions.snapshot().versions, on_disk, ready_only)
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """`parameters`: `config` as text, `file:<path>` as bytes."""
         self._check_control()
-        for key in parameters:
-            if key == "config" or key.startswith("file:"):
-                raise Unsupported(f"load parameter '{key}' is not supported")
-            raise InvalidArgument(f"unrecognized load parameter '{key}'")
-        await self._control.call("load", name, {})
+        check_model_name(name)
+        overrides.check(name, parameters, self.settings)
+        await self._control.call("load", name, dict(parameters))
 
     async def unload(self, name: str, parameters: Mapping[str, Any]) -> None:
         self._check_control()
@@ -235,6 +230,7 @@ class Inference:
                 raise InvalidArgument(f"unrecognized unload parameter '{key}'")
             if not isinstance(value, bool):
                 raise InvalidArgument("invalid value for 'unload_dependents': expected a boolean")
+        check_model_name(name)
         await self._control.call("unload", name, dict(parameters))
 
     def _check_control(self) -> None:

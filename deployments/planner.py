@@ -7,10 +7,11 @@ calls, made by the lifecycle in threads, and by `manta check`.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from configs.server import ServerSettings
 from . import archives
 from .errors import MantaError
 from .repository import Found, Repository
-from .types import ReplicaSpec
+from .types import Override, ReplicaSpec
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,6 +44,7 @@ class Plan:
     content_hash: str
     fingerprint: str
     labels: Mapping[str, tuple[str, ...]]
+    override: Override | None = None
 
     @property
     def cpu_instances(self) -> int:
@@ -78,21 +80,29 @@ class Planner:
         cache = {"MANTA_COMPILE_CACHE": settings.compile_cache} if settings.compile_cache else {}
         self._environment = {**settings.environment, **cache}
 
-    def plan(self, name: str) -> tuple[list[Plan], dict[int, str]]:
+    def plan(
+        self, name: str, override: Override | None = None
+    ) -> tuple[list[Plan], dict[int, str]]:
         """The versions that the policy selects, and why some of them cannot be.
 
         Raises ConfigError or an error of ours where the whole model cannot.
         """
-        found = self._repository.find(name)
+        repository = self._repository
+        if override is not None and override.folder:
+            repository = Repository((override.folder,))
+        found = repository.find(name)
         if found.error:
             raise ConfigError(found.error)
+        if override is not None:
+            found = replace(found, given=override.config)
         gpus = self._cluster.gpu_count()
-        config = self._repository.read_config(found, self._completes)
-        numbers, failed = self._repository.select_versions(config, found.versions)
+        config = repository.read_config(found, self._completes)
+        numbers, failed = repository.select_versions(config, found.versions)
         plans = []
         for number in numbers:
             try:
-                plans.append(self._plan(found, number, config, gpus))
+                plan = self._plan(repository, found, number, config, gpus)
+                plans.append(replace(plan, override=override))
             except (ConfigError, MantaError) as error:
                 failed[number] = str(error)
             except Exception:
@@ -100,12 +110,13 @@ class Planner:
                 failed[number] = UNEXPECTED
         return plans, failed
 
-    def _plan(self, found: Found, number: int, config: ModelConfig, gpus: int) -> Plan:
-        repository = self._repository
+    def _plan(
+        self, repository: Repository, found: Found, number: int, config: ModelConfig, gpus: int
+    ) -> Plan:
         try:
             normal = repository.version_config(found, number, config, gpus > 0, self._completes)
             files = repository.version_files(found, number)
-            device = self._package_device(found, number, normal)
+            device = _package_device(repository, found, number, normal)
             normal = list_gpus(follow_package(normal, config, device), gpus)
             check_device(normal, device, self._settings, gpus)
             placements = self._place(normal, files, gpus)
@@ -121,16 +132,9 @@ class Planner:
             config=normal,
             placements=placements,
             content_hash=content_hash,
-            fingerprint=fingerprint(content_hash, placements, self._settings),
+            fingerprint=fingerprint(found, content_hash, normal, placements, self._settings),
             labels=labels,
         )
-
-    def _package_device(self, found: Found, number: int, config: ModelConfig) -> str:
-        """What an AOTI package was compiled for; "" for models that run anywhere."""
-        files = self._repository.version_files(found, number)
-        if runtime_kind(config, files) != "aoti" or artifact_filename(config) not in files:
-            return ""
-        return archives.inspect(self._repository.artifact(found, number, config)).device
 
     def _place(
         self, config: ModelConfig, files: Sequence[str], gpus: int
@@ -169,25 +173,48 @@ class Planner:
                 passive=placement.passive,
                 call_limit_s=self._settings.max_queue_s + self._settings.max_execution_s,
                 by_reference_bytes=self._settings.by_reference_min_bytes,
+                config_name=self._settings.model_config_name,
+                override=plan.override,
             )
             for placement in plan.placements
         ]
 
 
+def _package_device(repository: Repository, found: Found, number: int, config: ModelConfig) -> str:
+    """What an AOTI package was compiled for; "" for models that run anywhere."""
+    files = repository.version_files(found, number)
+    if runtime_kind(config, files) != "aoti" or artifact_filename(config) not in files:
+        return ""
+    return archives.inspect(repository.artifact(found, number, config)).device
+
+
 def fingerprint(
-    content_hash: str, placements: Sequence[GroupPlacement], settings: ServerSettings
+    found: Found,
+    content_hash: str,
+    config: ModelConfig,
+    placements: Sequence[GroupPlacement],
+    settings: ServerSettings,
 ) -> str:
-    """Equal when a new load would make the very same replicas."""
+    """Equal when a new load would make replicas that do the very same.
+
+    How many of them there are, and which other versions the policy selects, is none of theirs: such
+    changes are made while they serve.
+    """
+    same = {"version_policy": None, "instance_group": ()}
     facts = (
         content_hash,
-        [(p, sorted(p.resources.items())) for p in placements],
+        str(Path(found.path).parent),
+        found.given is None,
+        config.open_batch,
+        json.dumps(config.model_copy(update=same).model_dump(mode="json"), sort_keys=True),
+        [(replace(p, replicas=0), sorted(p.resources.items())) for p in placements],
         sorted(settings.environment.items()),
         settings.max_execution_s,
         settings.logical_gpus,
         settings.disable_auto_complete_config,
         settings.compile_cache,
     )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    return hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
 
 
 def available_cpus() -> int:

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -95,8 +96,10 @@ class ModelReplica:
         from .weights import WeightCache
 
         spec = self._spec
-        repository = Repository((spec.repository,))
+        repository = Repository((spec.repository,), spec.config_name)
         found = repository.find(spec.model_name)
+        if spec.override is not None:
+            found = replace(found, given=spec.override.config)
         digest = await asyncio.to_thread(repository.content_hash, found, spec.version, spec.config)
         if digest != spec.content_hash:
             raise ConfigError(
@@ -252,6 +255,7 @@ class ModelReplica:
             channel=self._channel,
             log=tuple(self._log.lines),
             passive=spec.passive,
+            override=spec.override,
             details={
                 "gpu": "" if spec.gpu is None else str(spec.gpu),
                 "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),

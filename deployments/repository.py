@@ -1,20 +1,19 @@
 """What is on disk: models, versions, configurations, labels. Loads nothing, remembers nothing.
 
-Every path is resolved and must stay inside its repository. Texts name
+Every path is resolved and must stay inside its repository (`disk`). Texts name
 paths relative to the repository. Called by the Controller, and by replicas to check their files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import pbtxt, warmup
+from configs import given, pbtxt, warmup
 from configs.complete import (
     artifact_filename,
     artifact_filenames,
@@ -24,53 +23,42 @@ from configs.complete import (
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 
-from . import archives
+from . import archives, disk
+from .disk import CONFIG, CONFIGS, Signature, contained
 from .errors import Internal, InvalidArgument, Unavailable
+from .names import check_model_name
 
-logger = logging.getLogger("manta.repository")
-
-CONFIG = "config.pbtxt"
 SAMPLE = "sample_input.npz"  # what a model takes, to complete its configuration from
 DUPLICATE = "model appears in two or more repositories"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_LABEL_BYTES = 64 << 20
-MAX_NAME_BYTES = 255
 
-_NAME = re.compile(r"[\w.+@~=:,-]+")
-_VERSION = re.compile(r"[1-9][0-9]{0,17}")  # fits the proto's int64
-# Where `manta optimize` keeps a model until it is whole.
-WORKSHOP = ".optimizing."
-_OTHER_FOLDERS = {"configs", "warmup", "initial_state", "__pycache__"}
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model directory. `path` is absolute; with an `error` the model cannot be loaded."""
+    """A model directory. `path` is absolute; with an `error` the model cannot be loaded.
+
+    `given` is a configuration in JSON that stands in for the file, None where the file counts.
+    """
 
     name: str
     path: str
     versions: tuple[int, ...] = ()
     error: str = ""
-
-
-def check_model_name(name: str) -> None:
-    """Raises InvalidArgument unless a client's model name can name a model directory."""
-    if not name.strip():
-        raise InvalidArgument("Model name cannot be empty or blank")
-    if "/" in name or "\\" in name or name.strip() in (".", ".."):
-        raise InvalidArgument("model name must not contain path traversal characters")
-    if not _NAME.fullmatch(name):
-        raise InvalidArgument("model name must consist of letters, digits and . _ + - @ ~ = : ,")
-    if len(name.encode()) > MAX_NAME_BYTES:
-        raise InvalidArgument(f"model name must not be longer than {MAX_NAME_BYTES} bytes")
+    given: str | None = None
 
 
 class Repository:
-    """The model repositories of one server, in the order given."""
+    """The model repositories of one server, in the order given.
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
-        self._roots = tuple(Path(path) for path in paths)
+    `config_name`: `configs/<name>.pbtxt` stands for config.pbtxt in models that have it.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], config_name: str = "") -> None:
+        self._roots = tuple(dict.fromkeys(Path(path) for path in paths))
+        self._config_name = config_name
 
     def check(self) -> None:
         """For start-up: ConfigError, naming the path, unless every repository is a directory."""
@@ -80,28 +68,46 @@ class Repository:
 
     def scan(self) -> tuple[Found, ...]:
         """Every model directory, sorted by name; what is wrong with one is its `error`."""
-        names: set[str] = set()
+        return tuple(self._look_up(name) for name in self.names())
+
+    def names(self) -> dict[str, str]:
+        """Every model directory, sorted, and DUPLICATE for one that is in several repositories."""
+        return {
+            name: "" if len(roots) == 1 else DUPLICATE for name, roots in self._by_name().items()
+        }
+
+    def signatures(self) -> dict[str, tuple[Signature, ...]]:
+        """For each model directory, and each repository that has it, what tells a change."""
+        return {
+            name: tuple(disk.signature(root / name) for root in roots)
+            for name, roots in self._by_name().items()
+        }
+
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: defaultdict[str, list[Path]] = defaultdict(list)
         for root in self._roots:
-            names.update(entry for entry in _folders(root) if _is_model(root / entry))
-        return tuple(self._look_up(name) for name in sorted(names))
+            for name in disk.models(root):
+                found[name].append(root)
+        return dict(sorted(found.items()))
 
     def find(self, name: str) -> Found:
         """One model directory; InvalidArgument for a bad name, Internal where there is none."""
-        if not self.contains(name):
-            raise Internal(f"failed to load '{name}', failed to poll from model repository")
+        check_model_name(name)
         return self._look_up(name)
 
     def _look_up(self, name: str) -> Found:
         paths = [root / name for root in self._roots if os.path.isdir(root / name)]
+        if not paths:
+            raise Internal(f"failed to load '{name}', failed to poll from model repository")
         path = str(paths[0].absolute())
         if len(paths) > 1:
             return Found(name, path, error=DUPLICATE)
         try:
             check_model_name(name)
-            _contained(Path(path), "")
+            contained(Path(path), "")
         except (InvalidArgument, ConfigError) as error:
             return Found(name, path, error=str(error))
-        return Found(name, path, _versions(Path(path)))
+        return Found(name, path, disk.versions(Path(path)))
 
     def contains(self, name: str) -> bool:
         """Whether some repository has a directory of this name; InvalidArgument for a bad one."""
@@ -111,21 +117,24 @@ class Repository:
     # --- one model ------------------------------------------------------------------------------
 
     def read_config(self, found: Found, partial: bool = False) -> ModelConfig:
-        """config.pbtxt, parsed and checked; ConfigError names file, line and field.
+        """What was given, or config.pbtxt, parsed and checked; ConfigError names file, line and
+        field.
 
         `partial`: the file, or what the model can tell, may be missing.
         """
-        file = f"{found.name}/{CONFIG}"
-        text = self._config_text(found)
+        if found.given is not None:
+            return given.parse(found.given, found.name, partial)
+        file = self._config_file(found)
+        text = self._config_text(found, file)
         if text is None:
             try:
-                return pbtxt.parse("", file, found.name, partial)
+                return pbtxt.parse("", _shown(found, file), found.name, partial)
             except ConfigError as error:
                 sniffed = self.version_files(found, found.versions[0]) if found.versions else ()
                 lies = f"version {found.versions[0]} has {', '.join(sniffed)}; " if sniffed else ""
                 reason = f"the file is missing: {lies}{error.reason}"
-                raise ConfigError(reason, file=file) from None
-        return pbtxt.parse(text, file, found.name, partial)
+                raise ConfigError(reason, file=_shown(found, file)) from None
+        return pbtxt.parse(text, _shown(found, file), found.name, partial)
 
     def version_config(
         self, found: Found, version: int, config: ModelConfig, has_gpu: bool, partial: bool = False
@@ -136,7 +145,7 @@ class Repository:
         normal = normalise_version(config, self.first_files(found), files, has_gpu, partial)
         for name in artifact_filenames(normal, files):
             if name.endswith(".pt2") and name in files:
-                path = _contained(Path(found.path), f"{version}/{name}")
+                path = contained(Path(found.path), f"{version}/{name}")
                 stated = config.platform == normal.platform
                 return of_content(normal, stated, archives.inspect(path).kind)
         return normal
@@ -145,27 +154,43 @@ class Repository:
         """All that is wrong with config.pbtxt by itself; none where the file is missing.
         `partial`: it may lack what the model can tell."""
         try:
-            text = self._config_text(found)
+            file = self._config_file(found)
+            text = self._config_text(found, file)
         except ConfigError as error:
             return [error]
         if text is None:
             return []
-        return pbtxt.examine(text, f"{found.name}/{CONFIG}", found.name, partial)[1]
+        return pbtxt.examine(text, _shown(found, file), found.name, partial)[1]
 
     def explain(self, found: Found, error: ConfigError) -> ConfigError:
         """An error raised later than parsing (complete, parameters, placement), told its line."""
-        text = self._config_text(found)
-        file = f"{found.name}/{CONFIG}"
-        return error.located(file) if text is None else pbtxt.locate(error, text, file)
+        if found.given is not None:
+            return error.located(given.PLACE)
+        file = self._config_file(found)
+        text = self._config_text(found, file)
+        shown = _shown(found, file)
+        return error.located(shown) if text is None else pbtxt.locate(error, text, shown)
 
-    def _config_text(self, found: Found) -> str | None:
-        file = f"{found.name}/{CONFIG}"
-        data = _read(Path(found.path), CONFIG, MAX_CONFIG_BYTES)
+    def _config_file(self, found: Found) -> str:
+        """Relative to the model: the one that the server was told to prefer, or config.pbtxt."""
+        chosen = f"{CONFIGS}/{self._config_name}.pbtxt"
+        if self._config_name and contained(Path(found.path), chosen).is_file():
+            return chosen
+        return CONFIG
+
+    def _place(self, found: Found) -> str:
+        """What errors in the configuration call it."""
+        return _shown(found, self._config_file(found)) if found.given is None else given.PLACE
+
+    def _config_text(self, found: Found, file: str) -> str | None:
+        data = disk.read(Path(found.path), file, MAX_CONFIG_BYTES)
         try:
             return None if data is None else data.decode()
         except UnicodeDecodeError as error:
             line = (data or b"")[: error.start].count(b"\n") + 1
-            raise ConfigError("the file is not UTF-8 text", file=file, line=line) from None
+            raise ConfigError(
+                "the file is not UTF-8 text", file=_shown(found, file), line=line
+            ) from None
 
     def select_versions(
         self, config: ModelConfig, versions: Sequence[int]
@@ -220,13 +245,13 @@ class Repository:
     def _first(self, found: Found, version: int, filenames: Sequence[str]) -> Path:
         folder = self._version_folder(found, version)
         for filename in filenames:
-            if _contained(Path(found.path), f"{version}/{filename}").is_file():
+            if contained(Path(found.path), f"{version}/{filename}").is_file():
                 return folder / filename
         wanted = "' or '".join(f"{found.name}/{folder.name}/{name}" for name in filenames)
         raise Unavailable(f"unable to find '{wanted}' for model '{found.name}' version {version}")
 
     def _version_folder(self, found: Found, version: int) -> Path:
-        path = _contained(Path(found.path), str(version))
+        path = contained(Path(found.path), str(version))
         if not path.is_dir():
             raise Unavailable(_no_version(found.name, version))
         return Path(found.path) / str(version)
@@ -238,11 +263,11 @@ class Repository:
             if not output.label_filename:
                 continue
             field = f"output[{index}].label_filename"
-            data = _read(Path(found.path), output.label_filename, MAX_LABEL_BYTES)
+            data = disk.read(Path(found.path), output.label_filename, MAX_LABEL_BYTES)
             if data is None:
                 raise ConfigError(
                     f"unable to find '{found.name}/{output.label_filename}'",
-                    file=f"{found.name}/{CONFIG}",
+                    file=self._place(found),
                     field=field,
                 )
             labels[output.name] = tuple(data.decode(errors="replace").splitlines())
@@ -254,30 +279,35 @@ class Repository:
         Raises ConfigError, naming it, for a file that is missing or too short.
         """
         files: dict[str, Path] = {}
-        for field, relative, name, given in warmup.data_files(config):
-            path = files[relative] = _contained(Path(found.path), relative)
+        for field, relative, name, one in warmup.data_files(config):
+            path = files[relative] = contained(Path(found.path), relative)
             reason = ""
             if not path.is_file():
                 reason = f"unable to find '{found.name}/{relative}'"
-            elif path.stat().st_size < warmup.size_bytes(given):
-                reason = warmup.too_short(name, given, path.stat().st_size)
+            elif path.stat().st_size < warmup.size_bytes(one):
+                reason = warmup.too_short(name, one, path.stat().st_size)
             if reason:
-                raise ConfigError(reason, file=f"{found.name}/{CONFIG}", field=field)
+                raise ConfigError(reason, file=self._place(found), field=field)
         return files
 
-    def content_hash(self, found: Found, version: int, config: ModelConfig) -> str:
-        """sha256 over config.pbtxt, the sample, the files that the configuration names beside them,
-        all files of the version directory, and those that it names behind a link to a directory."""
+    def content_hash(
+        self, found: Found, version: int, config: ModelConfig, with_config: bool = False
+    ) -> str:
+        """sha256 over the sample, the files that the configuration names beside the versions, all
+        files of the version directory, and those that it names behind a link to a directory.
+
+        `with_config`: config.pbtxt, too, whatever of it is in `config`.
+        """
         total = hashlib.sha256()
         model = Path(found.path)
         folder = self._version_folder(found, version)
         labels = {output.label_filename for output in config.output if output.label_filename}
         data = {file for _, file, *_ in warmup.data_files(config)}
-        named = [CONFIG, SAMPLE, *sorted(labels | data)]
+        named = [*([CONFIG] if with_config else []), SAMPLE, *sorted(labels | data)]
         files = {config.default_model_filename, *config.cc_model_filenames.values()} - {""}
         artifacts = {os.path.normpath(f"{version}/{name}") for name in files}
-        for relative in [*named, *sorted(artifacts.union(_walk(folder, model)))]:
-            path = _contained(model, relative)
+        for relative in [*named, *sorted(artifacts.union(disk.walk(folder, model)))]:
+            path = contained(model, relative)
             if path.is_file():
                 total.update(
                     f"{relative}\0{path.stat().st_size}\0".encode(errors="surrogateescape")
@@ -288,82 +318,9 @@ class Repository:
         return total.hexdigest()
 
 
-# --- the file system, carefully ------------------------------------------------------------------
-
-
 def _no_version(name: str, version: int) -> str:
     return f"unable to find '{name}/{version}' for model '{name}' version {version}"
 
 
-def _contained(model: Path, relative: str) -> Path:
-    """The resolved path of something in a model directory; ConfigError if it is elsewhere.
-
-    A link may point anywhere inside the same repository: config maps are mounted so.
-    """
-    root = os.path.realpath(model.parent)
-    path = os.path.realpath(model / relative)
-    if os.path.commonpath([root, path]) != root or path == root:
-        shown = f"{model.name}/{relative}".rstrip("/")
-        raise ConfigError(f"'{shown}' leads out of the model repository")
-    return Path(path)
-
-
-def _read(model: Path, relative: str, limit_bytes: int) -> bytes | None:
-    path = _contained(model, relative)
-    shown = f"{model.name}/{relative}"
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise ConfigError(f"unable to read the file: {error.strerror}", file=shown) from None
-    if len(data) > limit_bytes:
-        raise ConfigError(f"the file is larger than {limit_bytes} bytes", file=shown)
-    return data
-
-
-def _folders(root: Path) -> Iterator[str]:
-    try:
-        with os.scandir(root) as entries:
-            yield from [entry.name for entry in entries if entry.is_dir()]
-    except OSError as error:
-        logger.error("model repository '%s' cannot be read: %s", root, error.strerror)
-        raise Internal("a model repository cannot be read") from None
-
-
-def _is_model(path: Path) -> bool:
-    """Folders of other programs, such as .git, are no models unless they look like one; what
-    `manta optimize` is making is none yet."""
-    if path.name.startswith(WORKSHOP):
-        return False
-    if not path.name.startswith(".") and path.name not in _OTHER_FOLDERS:
-        return True
-    return (path / CONFIG).is_file() or any(_VERSION.fullmatch(name) for name in _folders(path))
-
-
-def _versions(model: Path) -> tuple[int, ...]:
-    versions = []
-    for name in _folders(model):
-        if _VERSION.fullmatch(name):
-            versions.append(int(name))
-        elif not name.startswith(".") and name not in _OTHER_FOLDERS:
-            logger.warning(
-                "model %r: ignoring version directory %r: not a positive integer "
-                "without leading zeros",
-                model.name,
-                name,
-            )
-    return tuple(sorted(versions))
-
-
-def _walk(folder: Path, model: Path) -> list[str]:
-    """Files below a version directory, relative to the model, sorted.
-
-    Compiled Python is left out: importing a model.py writes it.
-    """
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        found += [os.path.relpath(os.path.join(parent, name), model) for name in files]
-    return sorted(found)
+def _shown(found: Found, file: str) -> str:
+    return f"{found.name}/{file}"

@@ -31,6 +31,7 @@ from .grpc import VERBS, GrpcServicer, serve_proxy_method
 from .http import HttpApp, MetricsApp
 from .inference import Inference
 from .listener import Listener
+from .overrides import size_bytes
 from .places import Places
 from .scatter import Scatter
 from .scheduler import policy
@@ -272,8 +273,13 @@ class Router:
         if verb == "statistics":
             await self._ask(self._flush, ANSWER_S)
             return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
-        limit_s = self._settings.model_load_timeout_s + ANSWER_S
-        await self._ask(lambda: self._controller.control.remote(verb, *args), limit_s)
+        if verb == "on_disk":
+            return await self._ask(lambda: self._controller.on_disk.remote(), ANSWER_S)
+        tries = self._settings.model_load_retry_count + 1
+        limit_s = tries * self._settings.model_load_timeout_s + ANSWER_S
+        large = size_bytes(args[1]) >= self._settings.by_reference_min_bytes
+        controller = self._controller.options(_by_reference=True) if large else self._controller
+        await self._ask(lambda: controller.control.remote(verb, *args), limit_s)
 
     # --- models that call models -----------------------------------------------------------------
 

@@ -232,6 +232,15 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Override:
+    """What a load request has given instead of what is on disk: a ModelConfig as JSON and, unless
+    `folder` is "", the model's files, which are in a folder of its name there."""
+
+    config: str
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReport:
     """What a replica tells the Controller, at registration and at every heartbeat.
 
@@ -258,6 +267,7 @@ class ReplicaReport:
     log: tuple[str, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
     passive: bool = False
+    override: Override | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +277,9 @@ class ReplicaSpec:
     The artifact is read from `repository`/`model_name`/`version` on the replica's own node and must
     have `content_hash`. `fingerprint` also covers placement and settings: two replicas of equal
     fingerprint do the same. `gpu` is the listed index that the replica makes its only device.
-    A passive one loads, and is never sent a batch. `complete`: the model may add to `config`. The
-    last two are for models that call others: for how long, and what goes by reference.
+    A passive one loads, and is never sent a batch. `complete`: the model may add to `config`.
+    `call_limit_s` and `by_reference_bytes` are for models that call others: for how long, and what
+    goes by reference. `config_name` and `override`: where the configuration was read.
     """
 
     controller_application: str
@@ -291,3 +302,5 @@ class ReplicaSpec:
     passive: bool = False
     call_limit_s: float = 120.0
     by_reference_bytes: int = 1 << 20
+    config_name: str = ""
+    override: Override | None = None

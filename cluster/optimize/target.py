@@ -22,8 +22,10 @@ from configs.complete import DEFAULT_FILES, RuntimeKind, of_version, runtime_kin
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.parameters import ModelParameters, parse_parameters
+from deployments.disk import CONFIG
 from deployments.errors import MantaError
-from deployments.repository import CONFIG, Found, Repository, check_model_name
+from deployments.names import check_model_name
+from deployments.repository import Found, Repository
 
 from . import disk
 
@@ -57,7 +59,7 @@ class Source:
         repository = Repository((self.repository,))
         try:
             found = repository.find(self.found.name)
-            digest = repository.content_hash(found, self.version, self.config)
+            digest = repository.content_hash(found, self.version, self.config, with_config=True)
         except (ConfigError, MantaError, OSError):
             digest = ""
         if digest != self.content_hash:
@@ -126,7 +128,7 @@ def _read(root: Path, model: str, version: int | None, has_gpu: bool) -> Source:
         )
     parameters, _ = parse_parameters(config, (artifact.name,))
     group = config.instance_group[0].kind
-    digest = repository.content_hash(found, number, config)
+    digest = repository.content_hash(found, number, config, with_config=True)
     return Source(
         root, found, number, config, parameters, artifact, kind, group, digest, version is not None
     )

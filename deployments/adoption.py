@@ -1,0 +1,81 @@
+"""What an earlier Controller has left running is taken over as it is, by what its replicas report.
+
+Whether it is still what is wanted, and what is on disk, the load that follows finds out. Called by
+the lifecycle, when it starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+from . import applications
+from .catalogue import Catalogue, Generation
+from .overrides import Overrides
+from .types import ModelState, ReplicaReport
+
+POLL_S = 0.1
+ADOPTION_S = 5.0
+
+
+class Adoption:
+    def __init__(
+        self, catalogue: Catalogue, overrides: Overrides, tell: Callable[[str], None]
+    ) -> None:
+        self._catalogue = catalogue
+        self._overrides = overrides
+        self._tell = tell
+        self._strays: dict[str, dict[str, ReplicaReport]] = defaultdict(dict)
+
+    def stray(self, report: ReplicaReport) -> None:
+        """A replica of an application that no version claims (yet)."""
+        if not self._catalogue.started and not report.draining:
+            self._strays[report.application][report.replica_id] = report
+
+    async def adopt(self) -> tuple[list[str], dict[str, str]]:
+        """The applications that run, newest first, and those that nobody can use, with the folder
+        of their files. Such a folder is held until it is released."""
+        running = await asyncio.to_thread(applications.live)
+        await self._await_strays(running)
+        for name in running:
+            await self._take(name, running[name])
+        # Asked of the catalogue: a pass that is tried again has adopted some before.
+        left_over = {
+            name: self._folder(name) for name in running if self._catalogue.find(name) is None
+        }
+        for folder in left_over.values():
+            self._overrides.hold(folder)
+        self._strays.clear()
+        return list(running), left_over
+
+    async def _await_strays(self, running: Mapping[str, Mapping[str, int]]) -> None:
+        """Replicas report every second; give those of running applications time to be heard."""
+        deadline_s = time.monotonic() + ADOPTION_S
+        while time.monotonic() < deadline_s and not all(self._strays[name] for name in running):
+            await asyncio.sleep(POLL_S)
+
+    def _folder(self, application: str) -> str:
+        given = [r.override.folder for r in self._strays[application].values() if r.override]
+        return given[0] if given else ""
+
+    async def _take(self, application: str, replicas: Mapping[str, int]) -> None:
+        reports = [r for r in self._strays[application].values() if r.loaded]
+        name, number = applications.parse_application(application)
+        version = self._catalogue.version(name, number)
+        if not reports or version.current is not None:
+            return
+        first = reports[0]
+        newest = not any(one.current for one in self._catalogue.versions(name))
+        generation = Generation(
+            application, first.config, first.fingerprint, dict(replicas), override=first.override
+        )
+        generation.settled = True
+        for report in reports:
+            generation.note(report, time.monotonic())
+        version.current, version.state, version.reason = generation, ModelState.READY, ""
+        self._overrides.hold(generation.folder)
+        if newest:
+            await self._overrides.put(name, first.override)
+        self._tell(f"model '{name}' version {number} is adopted")
