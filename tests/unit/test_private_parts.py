@@ -16,6 +16,9 @@ from ray import serve
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.authentication import authentication_utils
 from ray.serve import request_router
+from ray.serve._private.client import ServeControllerClient
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.controller import ServeController
 from ray.serve.api import RunTarget
 from ray.serve.handle import DeploymentHandle
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -43,6 +46,12 @@ def test_ray_serve() -> None:
     assert inspect.iscoroutinefunction(DeploymentHandle.shutdown_async)
     assert "wait_for_applications_running" in inspect.signature(serve.run_many).parameters
     assert {"target", "name", "route_prefix"} <= set(RunTarget.__annotations__)
+    assert "external_scaler_enabled" in RunTarget.__annotations__
+    assert {"deployment_id", "target_num_replicas"} <= set(
+        inspect.signature(ServeController.update_deployment_replicas).parameters
+    )
+    assert "_controller" in vars(ServeControllerClient)["__init__"].__code__.co_names
+    assert {"name", "app_name"} <= set(inspect.signature(DeploymentID).parameters)
     assert "_blocking" in inspect.signature(serve.delete).parameters
     assert inspect.iscoroutinefunction(request_router.RequestRouter.choose_replicas)
     assert "__serve_build_asgi_app__" in inspect.getsource(serve.ingress)

@@ -26,7 +26,7 @@ def test_defaults_are_closed_and_bounded():
     assert settings.http_address == settings.grpc_address == settings.metrics_address == "127.0.0.1"
     assert settings.model_repository == ("examples/model_repository",)
     assert settings.model_control_mode == "none"
-    assert not settings.allow_insecure_cluster
+    assert not settings.allow_insecure_cluster and not settings.allow_file_override
     assert settings.http_max_input_size_bytes == 1 << 26
 
 
@@ -80,7 +80,11 @@ def test_replicas_get_the_variables_of_torch_and_cuda():
     [
         ({"modle_repository": ["x"]}, "Extra inputs"),
         ({"model_repository": []}, "at least 1"),
-        ({"model_control_mode": "poll"}, "'poll' is not supported"),
+        ({"model_control_mode": "sometimes"}, "'none', 'poll' or 'explicit'"),
+        ({"repository_poll_s": 0}, "greater than 0"),
+        ({"model_config_name": "../x"}, "match pattern"),
+        ({"model_config_name": "a\n"}, "match pattern"),
+        ({"model_load_retry_count": -1}, "greater than or equal to 0"),
         ({"load_model": ["a"]}, "needs model_control_mode 'explicit'"),
         ({"http_port": 65536}, "65535"),
         ({"http_port": 0}, "greater than or equal to 1"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from configs.model import InstanceGroup
+from configs.model import InstanceGroup, VersionPolicy
 from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation
-from deployments.types import Endpoint, ModelState, ReplicaReport, Target
+from deployments.types import Endpoint, ModelState, Override, ReplicaReport, Target
 from tests import models
 
 CONFIG = models.config({"x": [2]}, {"y": [2]})
@@ -151,3 +151,28 @@ def test_replicas_that_disagree_do_not_load() -> None:
     one.note(report("a"), 0.0)
     one.note(report("b", config=CONFIG.model_copy(update={"max_batch_size": 3})), 0.0)
     assert one.complete() and "complete its configuration differently" in one.settle()
+
+
+def test_what_may_change_while_replicas_serve_is_taken_over() -> None:
+    """They go on telling what they were made with, and count all the same."""
+    one = generation(1)
+    one.note(report("a"), 0.0)
+    assert one.settle() == "" and not one.adjust(CONFIG)
+    group = InstanceGroup(name="m_0", kind="KIND_CPU", count=2)
+    changes = {"version_policy": VersionPolicy(all=True), "instance_group": (group,)}
+    wanted = CONFIG.model_copy(update=changes)
+    assert one.adjust(wanted) and one.config == wanted
+    one.replicas = {"m_0": 2}
+    assert not one.complete()
+    one.note(report("a"), 1.0)
+    one.note(report("b"), 1.0)
+    assert one.complete() and one.targets() == target("a", "b") and one.error() == ""
+    # The control: what else differs is another replica.
+    one.note(report("b", config=CONFIG.model_copy(update={"max_batch_size": 3})), 2.0)
+    assert one.targets() == target("a") and one.error()
+
+
+def test_a_generation_knows_the_folder_of_the_files_that_it_was_given() -> None:
+    assert generation().folder == ""
+    given = [Override("{}"), Override("{}", "/somewhere")]
+    assert [replace(generation(), override=one).folder for one in given] == ["", "/somewhere"]

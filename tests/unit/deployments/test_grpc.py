@@ -11,6 +11,7 @@ import pytest
 import tritonclient.grpc.aio as client
 from tritonclient.utils import InferenceServerException
 
+from deployments.errors import InvalidArgument
 from deployments.grpc import UNSUPPORTED, VERBS, GrpcServicer, handle, serve_proxy_method
 from deployments.grpc_stubs import (
     add_GRPCInferenceServiceServicer_to_server,
@@ -110,7 +111,8 @@ def test_the_stock_client_gets_every_verb():
         assert ("linear", "1", "READY") in [(m.name, m.version, m.state) for m in index.models]
         await triton.load_model("linear")
         await triton.unload_model("linear")
-        assert [call[0] for call in server.controller.calls] == ["statistics", "load", "unload"]
+        asked = [call[0] for call in server.controller.calls]
+        assert asked == ["statistics", "on_disk", "load", "unload"]
 
     over_grpc(use, Server(model_control_mode="explicit"))
 
@@ -355,8 +357,8 @@ def test_bad_requests():
 def test_a_long_text_still_fits_the_trailers():
     async def use(server, triton, stub):
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await stub.ModelInfer(request(entry(), raw=[RAW], model="é" * 9000))
-        assert error.value.code() is grpc.StatusCode.NOT_FOUND
+            await stub.ModelInfer(request(entry("é" * 9000), raw=[RAW]))
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     over_grpc(use)
 
@@ -430,3 +432,67 @@ def test_the_same_verbs_through_serves_proxy(server, caplog):
 def test_messages_survive_pickling():
     for message in (good(), model_config_pb2.ModelConfig(name="m")):
         assert pickle.loads(pickle.dumps(message)) == message
+
+
+def load_request(name="linear", **parameters):
+    return pb.RepositoryModelLoadRequest(
+        model_name=name,
+        parameters={
+            key.replace("__", ":").replace("_pt", "/m.pt"): pb.ModelRepositoryParameter(**value)
+            for key, value in parameters.items()
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ({"config": {"string_param": "{}"}}, None),
+        ({"config": {"string_param": "{}"}, "file__1_pt": {"bytes_param": b"x"}}, None),
+        ({"config": {"bytes_param": b"{}"}}, "INVALID_ARGUMENT"),
+        ({"config": {"string_param": "{}"}, "file__1_pt": {"string_param": "eA=="}},
+         "INVALID_ARGUMENT"),
+        ({"file__1_pt": {"bytes_param": b"x"}}, "INTERNAL"),
+        ({"x": {"string_param": "1"}}, "INVALID_ARGUMENT"),
+        ({"config": {}}, None),  # an empty text, which the Controller will not like
+    ],
+)  # fmt: skip
+def test_load_with_parameters(parameters, code):
+    async def use(server, triton, stub):
+        call = stub.RepositoryModelLoad(load_request(**parameters))
+        if code is None:
+            await call
+            assert server.controller.calls[-1][:2] == ("load", "linear")
+            return
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert error.value.code() is grpc.StatusCode[code]
+        assert server.controller.calls == []
+
+    over_grpc(use, Server(model_control_mode="explicit", allow_file_override=True))
+
+
+def test_file_overrides_are_off_unless_enabled():
+    async def use(server, triton, stub):
+        with pytest.raises(InferenceServerException, match="File overrides are disabled") as error:
+            await triton.load_model("linear", config="{}", files={"file:1/model.pt": b"x"})
+        assert error.value.status() == "StatusCode.UNIMPLEMENTED"
+
+    over_grpc(use, Server(model_control_mode="explicit"))
+
+
+@pytest.mark.parametrize("name", ["..", "../m", "", " ", "%2e%2e%2f", "a\r\nb", "x" * 256])
+def test_a_name_that_can_be_no_models_is_an_invalid_argument(name):
+    messages = {
+        "ModelReady": pb.ModelReadyRequest(name=name),
+        "ModelMetadata": pb.ModelMetadataRequest(name=name),
+        "ModelConfig": pb.ModelConfigRequest(name=name),
+        "ModelInfer": request(entry(), raw=[RAW], model=name),
+        "RepositoryModelLoad": load_request(name),
+        "RepositoryModelUnload": pb.RepositoryModelUnloadRequest(model_name=name),
+    }
+    server = Server(model_control_mode="explicit")
+    for verb, message in messages.items():
+        with pytest.raises(InvalidArgument, match="odel name"):
+            ask(server, verb, message)
+    assert server.controller.calls == []

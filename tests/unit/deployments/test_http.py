@@ -489,13 +489,17 @@ NOT_FOUND, NOT_ALLOWED = (404, "Not Found"), (405, "Method Not Allowed")
         ("GET", "/v2/models/nobody", (404, "is not found")),
         ("GET", "/v2/models/nobody/config", (404, "is not found")),
         ("GET", "/v2/models/nobody/stats", (400, "requested model 'nobody' is not available")),
-        ("GET", "/v2/models/a%0d%0ab", (404, "unknown model: 'a\r\nb' is not found")),
         ("GET", "/v2/models/linear/generate", NOT_ALLOWED),
         ("HEAD", "/v2/models/linear/generate_stream", NOT_ALLOWED),
         ("POST", "/v2/models/linear/generate/", NOT_FOUND),
         ("POST", "/v2/models/linear/versions/x/generate", NOT_FOUND),
         ("POST", "/v2/models/nobody/generate", (404, "unknown model: 'nobody' is not found")),
         ("POST", "/v2/models/linear/versions/9/generate_stream", (404, "version 9 is not found")),
+        ("GET", "/v2/models/a%0d%0ab", (400, "model name must consist of")),
+        ("GET", "/v2/models/%2e%2e", (400, "path traversal characters")),
+        ("GET", "/v2/models/%20/config", (400, "cannot be empty or blank")),
+        ("POST", "/v2/models/%2e%2e/infer", (400, "path traversal characters")),
+        ("GET", "/v2/models/a%2f..%2fb", (404, "Not Found")),  # no path of the table
         ("GET", "/v2/models/linear/trace/setting", (501, "trace settings are not supported")),
         ("POST", "/v2/trace/setting", (501, "trace settings are not supported")),
         ("GET", "/v2/logging", (501, "log settings are not supported")),
@@ -553,8 +557,32 @@ def test_load_and_unload():
         ("load", "linear"),
         ("unload", "linear"),
     ]
-    for parameters, status in (({"config": "{}"}, 501), ({"file:1/m": ""}, 501), ({"x": 1}, 500)):
-        assert opened.ask("POST", load, json={"parameters": parameters}).status_code == status
+    given = {"config": "{}", "file:1/m": "AAAA"}
+    for parameters, status in (
+        ({"config": "{}"}, 200),
+        ({"config": {}}, 500),
+        ({"config": "{}", "file:1/m": "?"}, 400),
+        (given, 501),
+        ({"x": 1}, 500),
+        ({"x": "1"}, 500),
+    ):
+        reply = opened.ask("POST", load, json={"parameters": parameters})
+        assert reply.status_code == status, parameters
+    assert opened.controller.calls[2:] == [("load", "linear", {"config": "{}"})]
+    enabled = Server(model_control_mode="explicit", allow_file_override=True)
+    assert enabled.ask("POST", load, json={"parameters": given}).status_code == 200
+    assert enabled.controller.calls == [
+        ("load", "linear", {"config": "{}", "file:1/m": b"\0\0\0"})
+    ]
+
+
+@pytest.mark.parametrize("name", ["..%2Fm", "a%2F..%2Fb", "/m", "%20", "m%2F", "%2e%2e", "a%0d%0ab", ""])
+def test_names_that_lead_elsewhere_are_told_so(name):
+    server = Server(model_control_mode="explicit")
+    for verb in ("load", "unload"):
+        reply = server.ask("POST", f"/v2/repository/models/{name}/{verb}")
+        assert reply.status_code == 400 and "odel name" in reply.json()["error"], reply.text
+    assert server.controller.calls == []
 
 
 # --- failures and the end ----------------------------------------

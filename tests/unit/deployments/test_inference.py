@@ -338,13 +338,13 @@ def test_index():
     ]
     server.publish()
     ready = {"name": "linear", "version": "1", "state": "READY"}
-    assert server.inference.index(False) == [
+    assert asyncio.run(server.inference.index(False)) == [
         ready,
         {"name": "gone", "version": "2", "state": "UNAVAILABLE", "reason": "unloaded"},
         {"name": "broken", "state": "UNAVAILABLE", "reason": "config.pbtxt: line 3"},
         {"name": "untouched"},
     ]
-    assert server.inference.index(True) == [ready]
+    assert asyncio.run(server.inference.index(True)) == [ready]
 
 
 def test_control_is_off_unless_explicit(server):
@@ -355,23 +355,58 @@ def test_control_is_off_unless_explicit(server):
 
 
 def test_control_reaches_the_controller():
-    server = Server(model_control_mode="explicit")
+    server = Server(model_control_mode="explicit", allow_file_override=True)
+    given = {"config": "{}", "file:1/model.pt": b"x"}
     asyncio.run(server.inference.load("linear", {}))
+    asyncio.run(server.inference.load("linear", given))
     asyncio.run(server.inference.unload("linear", {"unload_dependents": True}))
     assert server.controller.calls == [
         ("load", "linear", {}),
+        ("load", "linear", given),
         ("unload", "linear", {"unload_dependents": True}),
     ]
     for verb, parameters in (
-        (server.inference.load, {"config": "{}"}),
-        (server.inference.load, {"file:1/model.pt": ""}),
+        (server.inference.load, {"config": 1}),
+        (server.inference.load, {"file:1/model.pt": b""}),
+        (server.inference.load, {"config": "{}", "file:../x": b""}),
         (server.inference.load, {"x": 1}),
         (server.inference.unload, {"x": 1}),
         (server.inference.unload, {"unload_dependents": 1}),
     ):
         with pytest.raises(MantaError):
             asyncio.run(verb("linear", parameters))
-    assert len(server.controller.calls) == 2
+    assert len(server.controller.calls) == 3
+
+
+TRAVERSAL = ["..", "../x", "a/../b", "/etc/passwd", "m/", " .. ", "", " ", "%2e%2e%2f", "a\r\nb"]
+
+
+@pytest.mark.parametrize("name", [*TRAVERSAL, "x" * 256, "\0"])
+def test_a_name_that_can_be_no_models_is_refused_by_every_verb(name):
+    server = Server(model_control_mode="explicit")
+    inference = server.inference
+    for verb in (inference.model_ready, inference.model_metadata, inference.model_config):
+        with pytest.raises(InvalidArgument, match="(?i)^model name must|^model name cannot"):
+            verb(name, "")
+    for verb in (inference.load, inference.unload):
+        with pytest.raises(InvalidArgument, match="(?i)^model name"):
+            asyncio.run(verb(name, {}))
+    with pytest.raises(InvalidArgument, match="(?i)model name"):
+        infer(server, name, X)
+    if name:  # without one, all are meant
+        with pytest.raises(InvalidArgument):
+            asyncio.run(inference.statistics(name, ""))
+    assert server.controller.calls == []
+
+
+def test_in_poll_mode_clients_have_no_control():
+    server = Server(model_control_mode="poll")
+    for verb in (server.inference.load, server.inference.unload):
+        with pytest.raises(ControlDisabled) as caught:
+            asyncio.run(verb("linear", {}))
+    assert str(caught.value) == (
+        "explicit model load / unload is not allowed if polling is enabled"
+    )
 
 
 def test_statistics(server):

@@ -9,9 +9,11 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.server import ServerSettings
+from deployments.arrivals import counts
 from deployments.errors import Internal
 from deployments.planner import Planner
 from deployments.repository import Repository
+from deployments.types import Override
 
 CONFIG = """platform: "pytorch_libtorch"
 input { name: "a" data_type: TYPE_FP32 dims: 4 }
@@ -145,3 +147,87 @@ def test_a_bad_configuration_and_a_missing_model_are_the_whole_models(tmp_path):
         planner(tmp_path).plan("m")
     with pytest.raises(Internal, match="failed to poll"):
         planner(tmp_path).plan("nobody")
+
+
+GIVEN = """{"platform": "pytorch_libtorch", "max_batch_size": 8,
+ "input": [{"name": "a", "data_type": "TYPE_FP32", "dims": [4]}],
+ "output": [{"name": "b", "data_type": "TYPE_FP32", "dims": [4]}]}"""
+
+
+def test_a_given_configuration_replaces_the_whole_file(tmp_path):
+    write(tmp_path, "version_policy { all { } }", versions=(1, 2))
+    (plan,), _ = planner(tmp_path).plan("m", Override(GIVEN))
+    assert (plan.number, plan.config.max_batch_size) == (2, 8)  # latest: the file's policy is gone
+    assert plan.override == Override(GIVEN)
+    (spec,) = planner(tmp_path).specs(plan, "a", 1)
+    assert spec.override == plan.override and spec.repository == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("{", "^config: Expecting"),
+        ("[]", "^config: it is not a JSON object$"),
+        (GIVEN.replace("platform", "platfrm"), 'no field named "platfrm"'),
+        (GIVEN.replace('"max_batch_size": 8', '"name": "n"'), "^config: name: the name 'n' must"),
+        (GIVEN.replace("8", "-8"), "^config: max_batch_size: must be 0 or greater"),
+    ],
+)
+def test_a_given_configuration_that_is_none_is_the_whole_models(tmp_path, given, reason):
+    write(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        planner(tmp_path).plan("m", Override(given))
+
+
+def test_what_a_given_configuration_misplaces_is_told_by_its_name(tmp_path):
+    write(tmp_path)
+    group = '"instance_group": [{"kind": "KIND_GPU"}], "platform"'
+    plans, failed = planner(tmp_path).plan("m", Override(GIVEN.replace('"platform"', group)))
+    assert plans == [] and failed[1].startswith("config: instance_group[0].kind: ")
+
+
+def test_given_files_are_used_alone(tmp_path):
+    write(tmp_path / "disk", versions=(1, 2))
+    write(tmp_path / "given", versions=(7,))
+    override = Override(GIVEN, str(tmp_path / "given"))
+    (plan,), failed = planner(tmp_path / "disk").plan("m", override)
+    assert (plan.number, failed) == (7, {})
+    (spec,) = planner(tmp_path / "disk").specs(plan, "a", 1)
+    assert spec.repository == override.folder
+    # A model that no repository has, too.
+    assert planner(tmp_path / "empty").plan("m", override)[0] == [plan]
+
+
+def test_how_many_there_are_and_which_others_makes_no_other_replica(tmp_path):
+    write(tmp_path, versions=(1, 2))
+
+    def plan(count, more=""):
+        group = f"instance_group {{ kind: KIND_CPU count: {count} }}\n"
+        (tmp_path / "m" / "config.pbtxt").write_text(CONFIG + group + more)
+        return planner(tmp_path).plan("m")[0][-1]
+
+    one = plan(1)
+    for same in (plan(3), plan(1, "version_policy { all { } }"), plan(1, "# a comment")):
+        assert same.fingerprint == one.fingerprint
+    assert (counts(one), counts(plan(3))) == ({"m_0": 1}, {"m_0": 3})
+
+
+def test_control_everything_else_does(tmp_path):
+    write(tmp_path)
+    text = tmp_path / "m" / "config.pbtxt"
+    seen = {planner(tmp_path).plan("m")[0][0].fingerprint}
+    for more in (
+        "max_batch_size: 2",
+        "instance_group { name: 'x' kind: KIND_CPU }",
+        "instance_group { kind: KIND_CPU passive: true }",
+        "parameters { key: 'INFERENCE_MODE' value { string_value: 'false' } }",
+        "parameters { key: 'ENABLE_WEIGHT_SHARING' value { string_value: 'true' } }"
+        " instance_group { kind: KIND_CPU count: 2 }",
+    ):
+        text.write_text(CONFIG + more)
+        seen.add(planner(tmp_path).plan("m")[0][0].fingerprint)
+    text.write_text(CONFIG)
+    (tmp_path / "m" / "1" / "model.pt").write_bytes(b"other weights")
+    seen.add(planner(tmp_path).plan("m")[0][0].fingerprint)
+    seen.add(planner(tmp_path).plan("m", Override(GIVEN.replace("8", "0")))[0][0].fingerprint)
+    assert len(seen) == 8
