@@ -209,7 +209,9 @@ class HttpApp:
 
     async def load(self, request: Request) -> Response:
         given = await self._parameters(request)
-        parameters = await asyncio.to_thread(http_repository.load_parameters, given)
+        # Megabytes of base64 would hold up everybody else here.
+        decode = http_repository.load_parameters
+        parameters = await asyncio.to_thread(decode, given) if given else {}
         await self.inference.load(request.path_params["model"], parameters)
         return Response(status_code=200)
 

@@ -35,17 +35,24 @@ def models_root(tmp_path_factory: pytest.TempPathFactory, seed_package: Path) ->
 
 
 @pytest.fixture(scope="session")
+def overrides_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of load requests are kept."""
+    return tmp_path_factory.mktemp("overrides")
+
+
+@pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where COMPILE_ON_LOAD keeps what it compiles."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="session")
-def server(models_root: Path, compile_cache: Path) -> Iterator[Server]:
+def server(models_root: Path, compile_cache: Path, overrides_root: Path) -> Iterator[Server]:
     """`manta serve` in explicit mode; ends with SIGTERM and must end well."""
     loads = [f"--load-model={name}" for name in (*GOOD, *BROKEN)]
     flags = ["--model-control-mode=explicit", "--exit-on-error=false", "--strict-readiness=false"]
     flags.append(f"--compile-cache={compile_cache}")
+    flags += ["--allow-file-override=true", f"--file-override-directory={overrides_root}"]
     with manta_serve(models_root, *flags, *loads, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as one:
         one.wait_ready()
         yield one
