@@ -151,11 +151,13 @@ class Lifecycle:
 
     def reload(self, name: str) -> None:
         """Begin to take over what is on disk; what has not changed stays as it is."""
-        self._departures.own(self._load(name, {}))
+        if not self._catalogue.closing:
+            self._departures.own(self._load(name, {}))
 
     def withdraw(self, name: str, reason: str = "") -> None:
         """Begin to unload what is not on disk any more, or may not be served for a reason."""
-        self._departures.own(self.unload(name, reason))
+        if not self._catalogue.closing:
+            self._departures.own(self.unload(name, reason))
 
     async def _check_on_disk(self, name: str) -> None:
         if not await asyncio.to_thread(self._repository.contains, name):

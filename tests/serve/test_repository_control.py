@@ -356,6 +356,7 @@ def test_more_and_fewer_instances_while_requests_go_on(
         wait_for(lambda: len(replicas(server, "resized")) == 1, LEAVE_S, "two have left")
     assert set(answers) == {3.0}
     http.unload_model("resized")
+    shutil.rmtree(models_root / "resized")
 
 
 def test_versions_come_and_go_beside_one_that_stays(
