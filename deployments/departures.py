@@ -1,4 +1,4 @@
-"""How a generation leaves: once every Router has let go of it, then Serve deletes it, then its files.
+"""How a generation leaves: once every Router has let go, Serve deletes it; then its files go.
 
 Owns the tasks that nobody's leaving cancels. Called by the lifecycle, which decides who leaves.
 """

@@ -528,7 +528,10 @@ def test_models_versions_files_and_configurations_are_followed(
     becomes(grpc, "moving", 3)
 
     repository.write_config(root, "moving", times_config(max_batch_size=8))
-    wait_for(lambda: config_of(http, "moving")["max_batch_size"] == 8, LOAD_S, "a new configuration")
+    def batch() -> int:
+        return int(config_of(http, "moving")["max_batch_size"])
+
+    wait_for(lambda: batch() == 8, LOAD_S, "a new configuration")
     assert factor(http, "moving") == 3
 
     shutil.rmtree(root / "moving")

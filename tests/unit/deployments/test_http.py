@@ -576,7 +576,9 @@ def test_load_and_unload():
     ]
 
 
-@pytest.mark.parametrize("name", ["..%2Fm", "a%2F..%2Fb", "/m", "%20", "m%2F", "%2e%2e", "a%0d%0ab", ""])
+@pytest.mark.parametrize(
+    "name", ["..%2Fm", "a%2F..%2Fb", "/m", "%20", "m%2F", "%2e%2e", "a%0d%0ab", ""]
+)
 def test_names_that_lead_elsewhere_are_told_so(name):
     server = Server(model_control_mode="explicit")
     for verb in ("load", "unload"):

@@ -35,7 +35,8 @@ def test_bad_names(name, reason):
 
 
 @pytest.mark.parametrize(
-    "path", ["1/model.pt", "labels.txt", "warmup/a b", "1/größe", "1/..x", "1/...", "a/" * 31 + "b"]
+    "path",
+    ["1/model.pt", "labels.txt", "warmup/a b", "1/größe", "1/..x", "1/...", "a/" * 31 + "b"],
 )
 def test_good_paths(path):
     check_file_path(path)
