@@ -155,8 +155,8 @@ def test_errors_are_the_same_to_the_letter():
 @pytest.mark.parametrize("name", ["é" * 9000, "50% of {x}\r\n\t\0", " spaces ", "", "%41"])
 def test_texts_arrive_as_they_were_meant(name):
     async def use(server):
-        answer = await server.same(request(entry(), raw=[RAW], model=name).SerializeToString())
-        assert answer[0] == "NOT_FOUND"
+        answer = await server.same(request(entry(name), raw=[RAW]).SerializeToString())
+        assert answer[0] == "INVALID_ARGUMENT"
 
     run(use)
 
