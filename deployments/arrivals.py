@@ -42,9 +42,7 @@ class Arrivals:
         name = applications.application_name(
             plan.found.name, plan.number, applications.generation_number()
         )
-        return Generation(
-            name, plan.config, plan.fingerprint, counts(plan), override=plan.override
-        )
+        return Generation(name, plan.config, plan.fingerprint, counts(plan), override=plan.override)
 
     async def bring_up(self, generation: Generation, plan: Plan, cpu_instances: int) -> str:
         """Deploy and wait for every replica's word; the reason when it does not come about."""

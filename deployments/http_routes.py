@@ -26,7 +26,9 @@ ROUTES = (
     ("GET", "/v2/health/ready", "ready"),
     ("GET", "/v2/models/stats", "statistics"),
     ("POST", "/v2/repository/index", "index"),
-    # A path, so that a name that has a slash in it is told what is wrong with it.
+    ("POST", "/v2/repository/models/{model}/load", "load"),
+    ("POST", "/v2/repository/models/{model}/unload", "unload"),
+    # Paths, so that a name that has a slash in it is told what is wrong with it.
     ("POST", "/v2/repository/models/{model:path}/load", "load"),
     ("POST", "/v2/repository/models/{model:path}/unload", "unload"),
     ("GET", "/-/healthz", "healthz"),

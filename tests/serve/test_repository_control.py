@@ -528,6 +528,7 @@ def test_models_versions_files_and_configurations_are_followed(
     becomes(grpc, "moving", 3)
 
     repository.write_config(root, "moving", times_config(max_batch_size=8))
+
     def batch() -> int:
         return int(config_of(http, "moving")["max_batch_size"])
 

@@ -43,9 +43,7 @@ def test_names_of_enums_and_of_fields_in_both_spellings():
     assert (config.input[0].data_type, config.input[0].dims) == ("TYPE_FP16", (-1,))
 
 
-@pytest.mark.parametrize(
-    ("text", "is_open"), [("{}", True), ('{"max_batch_size": 0}', False)]
-)
+@pytest.mark.parametrize(("text", "is_open"), [("{}", True), ('{"max_batch_size": 0}', False)])
 def test_a_batch_size_that_nobody_gives_is_the_models_to_tell(text, is_open):
     assert given.parse(text, "m", partial=True).open_batch is is_open
 

@@ -571,9 +571,7 @@ def test_load_and_unload():
     assert opened.controller.calls[2:] == [("load", "linear", {"config": "{}"})]
     enabled = Server(model_control_mode="explicit", allow_file_override=True)
     assert enabled.ask("POST", load, json={"parameters": given}).status_code == 200
-    assert enabled.controller.calls == [
-        ("load", "linear", {"config": "{}", "file:1/m": b"\0\0\0"})
-    ]
+    assert enabled.controller.calls == [("load", "linear", {"config": "{}", "file:1/m": b"\0\0\0"})]
 
 
 @pytest.mark.parametrize(

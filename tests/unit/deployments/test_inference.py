@@ -339,9 +339,9 @@ def test_index():
     server.publish()
     ready = {"name": "linear", "version": "1", "state": "READY"}
     assert asyncio.run(server.inference.index(False)) == [
-        ready,
-        {"name": "gone", "version": "2", "state": "UNAVAILABLE", "reason": "unloaded"},
         {"name": "broken", "state": "UNAVAILABLE", "reason": "config.pbtxt: line 3"},
+        {"name": "gone", "version": "2", "state": "UNAVAILABLE", "reason": "unloaded"},
+        ready,
         {"name": "untouched"},
     ]
     assert asyncio.run(server.inference.index(True)) == [ready]
@@ -388,9 +388,9 @@ def test_a_name_that_can_be_no_models_is_refused_by_every_verb(name):
     for verb in (inference.model_ready, inference.model_metadata, inference.model_config):
         with pytest.raises(InvalidArgument, match="(?i)^model name must|^model name cannot"):
             verb(name, "")
-    for verb in (inference.load, inference.unload):
+    for change in (inference.load, inference.unload):
         with pytest.raises(InvalidArgument, match="(?i)^model name"):
-            asyncio.run(verb(name, {}))
+            asyncio.run(change(name, {}))
     with pytest.raises(InvalidArgument, match="(?i)model name"):
         infer(server, name, X)
     if name:  # without one, all are meant

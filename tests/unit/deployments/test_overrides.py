@@ -80,6 +80,10 @@ def files(folder):
     }
 
 
+def there(override):
+    return Path(override.folder).is_dir()
+
+
 def test_files_are_written_where_nobody_else_can_look(tmp_path):
     async def main():
         kept = Overrides(str(tmp_path))
@@ -131,9 +135,9 @@ def test_a_folder_goes_with_its_last_holder(tmp_path):
         await kept.release(made.folder)  # the load is over
         assert kept.of("m") == made and kept.of("other") is None
         await kept.put("m", Override('{"max_batch_size": 1}'))
-        assert Path(made.folder).is_dir()  # the generation is still served
+        assert there(made)  # the generation is still served
         await kept.release(made.folder)
-        assert not Path(made.folder).exists()
+        assert not there(made)
         await kept.put("m", None)
         assert kept.of("m") is None
 
@@ -147,9 +151,9 @@ def test_the_same_override_again_keeps_its_folder(tmp_path):
         await kept.put("m", made)
         await kept.put("m", made)
         await kept.release(made.folder)
-        assert Path(made.folder).is_dir()
+        assert there(made)
         await kept.put("m", None)
-        assert not Path(made.folder).exists()
+        assert not there(made)
 
     run(main())
 
