@@ -270,7 +270,9 @@ class Repository:
                     file=self._place(found),
                     field=field,
                 )
-            labels[output.name] = tuple(data.decode(errors="replace").splitlines())
+            # Not splitlines: a label may hold what only Unicode takes for the end of a line.
+            lines = data.decode(errors="replace").removesuffix("\n").split("\n")
+            labels[output.name] = tuple(line.removesuffix("\r") for line in lines)
         return labels
 
     def warmup_files(self, found: Found, config: ModelConfig) -> Mapping[str, Path]:

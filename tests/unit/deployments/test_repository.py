@@ -235,10 +235,18 @@ def test_labels(root, model):
     found = repository.find("m")
     config = repository.read_config(found)
     assert repository.labels(found, config) == {"b": ("cat", "dog")}
+    # A line ends where an editor ends it, and an empty one counts.
+    (model / "labels.txt").write_bytes("a\u2028b\r\n\n\x0cc".encode())
+    assert repository.labels(found, config) == {"b": ("a\u2028b", "", "\x0cc")}
     (model / "labels.txt").unlink()
     with pytest.raises(ConfigError) as caught:
         repository.labels(found, config)
     assert "output[0].label_filename: unable to find 'm/labels.txt'" in str(caught.value)
+    outside = root.parent / "labels.txt"
+    outside.write_text("secret")
+    (model / "labels.txt").symlink_to(outside)
+    with pytest.raises(ConfigError, match="leads out of the model repository"):
+        repository.labels(found, config)
 
 
 WARMUP = (
