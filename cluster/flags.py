@@ -70,6 +70,7 @@ FLAGS: dict[str, Flag] = {
     "allow-metrics": Flag("allow_metrics", "bool", "serve metrics"),
     "metrics-address": Flag("metrics_address", "text", "address that metrics bind"),
     "metrics-port": Flag("metrics_port", "number", "port of metrics"),
+    "allow-client-shm": Flag("allow_client_shm", "bool", "clients may use shared memory"),
     "log-verbose": Flag("log_verbose", "number", "0 is quiet, 1 and more log what Ray logs"),
     # Manta's own
     "listener": Flag("listener", "text", "router or serve: who holds the ports"),
@@ -104,7 +105,7 @@ FLAGS: dict[str, Flag] = {
 # Known to tritonserver, not done here yet: refused by name instead of ignored.
 NOT_DONE = frozenset(
     """
-    allow-client-shm allow-cpu-metrics allow-gpu-metrics allow-sagemaker allow-vertex-ai
+    allow-cpu-metrics allow-gpu-metrics allow-sagemaker allow-vertex-ai
     backend-config backend-directory buffer-manager-thread-count cache-config cache-directory
     cuda-memory-pool-byte-size cuda-virtual-address-size
     enable-peer-access grpc-http2-max-pings-without-data

@@ -142,6 +142,9 @@ class ServerSettings(BaseModel):
     allow_http: bool = Field(True, description="Serve HTTP.")
     allow_grpc: bool = Field(True, description="Serve gRPC.")
     allow_metrics: bool = Field(True, description="Serve metrics.")
+    allow_client_shm: bool = Field(
+        False, description="Clients may register shared memory, and keep tensors in it."
+    )
     http_port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     grpc_port: int = Field(8001, ge=1, le=65535, description="gRPC port.")
     metrics_port: int = Field(8002, ge=1, le=65535, description="Metrics port.")
@@ -241,6 +244,14 @@ class ServerSettings(BaseModel):
         if self.fork_server and "fork_server" in self.model_fields_set:
             if sys.platform != "linux":
                 raise ValueError("fork_server needs Linux")
+        if self.allow_client_shm:
+            if sys.platform != "linux":
+                raise ValueError("allow_client_shm needs Linux")
+            if self.router_replicas > 1:
+                raise ValueError(
+                    "allow_client_shm needs router_replicas 1: a region is known to the Router "
+                    "that it was registered with"
+                )
         if self.listener == "serve":
             if not self.allow_http:
                 raise ValueError("allow_http false needs listener 'router': Serve's proxy is HTTP")

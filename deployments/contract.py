@@ -14,6 +14,7 @@ from configs import dtypes
 from configs.checks import PYTHON_BACKEND
 from configs.model import ModelConfig, ModelInput, ModelOutput
 
+from . import classification
 from .errors import Internal, InvalidArgument, Unsupported
 from .tensors import check_strings, decode_bytes, join_shape
 from .types import (
@@ -33,9 +34,6 @@ _BATCH_NOTE = (
     "be prepended to each input shape. If you want to specify the full shape including the batch "
     "dim in your input dims config, try setting max_batch_size to zero. See the model "
     "configuration docs for more info on max_batch_size."
-)
-NO_SHARED_MEMORY = (
-    "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
 )
 # Known to the protocol, and a request that sets one would otherwise be answered as if it had not.
 _NOT_YET = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
@@ -104,7 +102,8 @@ class Contract:
                     f"unexpected inference output '{output.name}' for model '{self._model}'"
                 )
             if output.classification:
-                raise Unsupported(f"classification of output '{output.name}' is not supported")
+                data_type = self._outputs[output.name].data_type
+                classification.check(output, dtypes.from_config(data_type).wire)
             names.add(output.name)
         return tuple(sorted(names))
 
@@ -274,12 +273,6 @@ def refuse_parameters(parameters: Mapping[str, ParameterValue]) -> None:
             raise InvalidArgument(f"parameter '{key}' is reserved for Triton usage")
         if key in _NOT_YET and value:
             raise Unsupported(f"request parameter '{key}' is not supported")
-
-
-def refuse_shared_memory(parameters: Iterable[str]) -> None:
-    """Parameters of an input or an output that point into the client's memory."""
-    if any(key.startswith("shared_memory_") for key in parameters):
-        raise Unsupported(NO_SHARED_MEMORY)
 
 
 def _fill(target: Shape, source: Shape, sizes: Shape) -> Shape:

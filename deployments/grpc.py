@@ -17,13 +17,21 @@ from google.protobuf import json_format
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import tensors
-from .contract import NO_SHARED_MEMORY, refuse_shared_memory
+from . import grpc_memory, tensors
 from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
 from .forwarding import forwarding
 from .grpc_stubs import service_pb2 as pb
 from .inference import Inference
-from .types import InferRequest, InferResponse, ParameterValue, RequestedOutput, Tensor
+from .regions import memory_range
+from .types import (
+    InferRequest,
+    InferResponse,
+    LentInput,
+    MemoryRange,
+    ParameterValue,
+    RequestedOutput,
+    Tensor,
+)
 
 Handler = Callable[[Any, Inference], Awaitable[Any]]
 
@@ -55,38 +63,57 @@ def decode(message: Any, settings: ServerSettings) -> InferRequest:
         raise InvalidArgument(f"at most {limit} inputs and {limit} outputs are allowed")
     parameters = _parameters(message.parameters)
     parameters.pop("triton_enable_empty_final_response", None)  # only streams have one
+    inputs, lent = _inputs(message, settings)
     return InferRequest(
         model_name=message.model_name,
         model_version=message.model_version,
         id=message.id,
-        inputs=_inputs(message, settings.max_tensor_rank),
-        outputs=tuple(map(_output, message.outputs)),
+        inputs=inputs,
+        outputs=tuple([_output(entry, settings.allow_client_shm) for entry in message.outputs]),
         parameters=parameters,
+        lent=lent,
     )
 
 
-def _inputs(message: Any, rank: int) -> tuple[Tensor, ...]:
-    for entry in message.inputs:
-        refuse_shared_memory(entry.parameters)
+def _inputs(
+    message: Any, settings: ServerSettings
+) -> tuple[tuple[Tensor, ...], tuple[LentInput, ...]]:
+    """Those that came, and those that lie in the client's memory."""
+    lent, entries = [], []
+    for position, entry in enumerate(message.inputs):
+        memory = _memory(entry, settings.allow_client_shm) if entry.parameters else None
+        if memory is None:
+            entries.append(entry)
+            continue
+        if entry.HasField("contents"):
+            raise InvalidArgument(
+                f"contents field must not be specified when using shared memory for '{entry.name}' "
+                f"for model '{message.model_name}'"
+            )
+        lent.append(LentInput(position, entry.name, entry.datatype, tuple(entry.shape), memory))
+    return _brought(message, entries, settings.max_tensor_rank), tuple(lent)
+
+
+def _brought(message: Any, entries: list[Any], rank: int) -> tuple[Tensor, ...]:
     raw = message.raw_input_contents
     if not raw:
-        return tuple(_typed(entry, message.model_name, rank) for entry in message.inputs)
-    for entry in message.inputs:
+        return tuple(_typed(entry, message.model_name, rank) for entry in entries)
+    for entry in entries:
         if entry.HasField("contents"):
             raise InvalidArgument(
                 "contents field must not be specified when using raw_input_contents for "
                 f"'{entry.name}' for model '{message.model_name}'"
             )
-    if len(raw) != len(message.inputs):
+    if len(raw) != len(entries):
         raise InvalidArgument(
-            f"expected {len(message.inputs)} entries in raw_input_contents, got {len(raw)} for "
+            f"expected {len(entries)} entries in raw_input_contents, got {len(raw)} for "
             f"model '{message.model_name}'"
         )
     return tuple(
         tensors.from_binary(
             entry.name, entry.datatype, tuple(entry.shape), view, message.model_name, rank
         )
-        for entry, view in zip(message.inputs, raw, strict=True)
+        for entry, view in zip(entries, raw, strict=True)
     )
 
 
@@ -112,14 +139,25 @@ def _typed(entry: Any, model: str, rank: int) -> Tensor:
     return Tensor(name, datatype, shape, tensors.from_numbers(name, datatype, values, shape))
 
 
-def _output(entry: Any) -> RequestedOutput:
-    refuse_shared_memory(entry.parameters)
-    classification = _parameters(entry.parameters).get("classification", 0)
-    if type(classification) is not int or classification < 0:
+def _output(entry: Any, allow_memory: bool) -> RequestedOutput:
+    if not entry.parameters:
+        return RequestedOutput(entry.name, True)
+    memory = _memory(entry, allow_memory)
+    classification = _parameters(entry.parameters).get("classification")
+    if classification is None:
+        return RequestedOutput(entry.name, True, 0, memory)
+    if type(classification) is not int:
         raise InvalidArgument(
-            "invalid value type for 'classification' parameter, expected int64_param above 0"
+            "invalid value type for 'classification' parameter, expected int64_param"
         )
-    return RequestedOutput(entry.name, True, classification)
+    if classification <= 0:
+        raise InvalidArgument("invalid value for 'classification' parameter, expected >= 0")
+    return RequestedOutput(entry.name, True, classification, memory)
+
+
+def _memory(entry: Any, allowed: bool) -> MemoryRange | None:
+    parameters = _parameters(entry.parameters)
+    return memory_range(entry.name, parameters, allowed, grpc_memory.wrong_type)
 
 
 def _parameters(entries: Mapping[str, Any]) -> dict[str, ParameterValue]:
@@ -231,16 +269,12 @@ VERBS: Mapping[str, Handler] = {
     "RepositoryIndex": _repository_index,
     "RepositoryModelLoad": _repository_model_load,
     "RepositoryModelUnload": _repository_model_unload,
+    **grpc_memory.VERBS,
 }
 UNSUPPORTED: Mapping[str, str] = {
     "ModelStreamInfer": "ModelStreamInfer is not supported",
     "TraceSetting": "trace settings are not supported",
     "LogSettings": "log settings are not supported",
-    **{
-        f"{kind}SharedMemory{verb}": NO_SHARED_MEMORY
-        for kind in ("System", "Cuda")
-        for verb in ("Status", "Register", "Unregister")
-    },
 }
 
 

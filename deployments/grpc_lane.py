@@ -26,6 +26,7 @@ from .grpc_stubs import service_pb2 as pb
 from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused
 from .inference import Inference, told
 from .plans import Plan, Recent, plan_of
+from .types import InferRequest
 
 logger = logging.getLogger("manta.grpc")
 
@@ -103,6 +104,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = b""
         self._served: Served | None = None
         self._entry: Any = None
+        self._aside: asyncio.Task[None] | None = None
         self._plan: Plan | None = None
         self._outputs: tuple[str, ...] | None = None
         self._id = b""
@@ -280,6 +282,9 @@ class Connection(asyncio.Protocol):
             grpc.add_parameters(parsed, self._head.forwarded)
         served = self._lane.inference.find(parsed.model_name, parsed.model_version)
         request = grpc.decode(parsed, self._lane.settings)
+        if request.extra:
+            self._aside = self._loop.create_task(self._infer(request))
+            return
         self._served, self._id = served, request.id.encode()
         try:
             work = served.contract.admit(request)
@@ -291,6 +296,15 @@ class Connection(asyncio.Protocol):
             raise told(request.id, error) from error
         if parts is not None and parts.raw and served.grpc_plans.seen(parts.key):
             served.grpc_plans.learn(parts.key, plan_of(served.config, request, work))
+
+    async def _infer(self, request: InferRequest) -> None:
+        """What takes its time; it ends with the call."""
+        try:
+            reply = grpc_replies.whole(await self._lane.inference.infer(request))
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._write(reply)
 
     def deliver(self, result: MemberResult | MantaError) -> None:
         """The gate's answer, written in the same tick."""
@@ -322,6 +336,8 @@ class Connection(asyncio.Protocol):
         self._fail(grpc_wire.expired())
 
     def _withdraw(self) -> None:
+        if self._aside is not None:
+            self._aside.cancel()
         entry, self._entry = self._entry, None
         if entry is not None and self._served is not None:
             self._served.gate.withdraw(entry)

@@ -26,9 +26,13 @@ def planned(served: Served, plan: Plan, call: bytes, result: MemberResult) -> by
 
 
 def anew(served: Served, names: tuple[str, ...], call: bytes, result: MemberResult) -> bytes:
-    response = _response(served, names, call, result)
+    return whole(_response(served, names, call, result))
+
+
+def whole(response: InferResponse) -> bytes:
+    """Of a response that `inference` has made."""
     raw = [tensors.to_binary(tensor) for tensor in response.outputs]
-    return grpc_wire.answer(_opening(response), call, raw)
+    return grpc_wire.answer(_opening(response), response.id.encode(), raw)
 
 
 def _opening(response: InferResponse) -> grpc_wire.Opening:

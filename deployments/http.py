@@ -39,9 +39,11 @@ from .http_body import (
     read_within,
     until_done,
 )
+from .http_memory import registration
 from .http_replies import CLOSE, JSON, Field, error_body, error_reply
 from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
 from .inference import Inference
+from .regions import Kind
 from .types import InferRequest
 
 Send = Callable[[Message], Awaitable[None]]
@@ -220,6 +222,20 @@ class HttpApp:
         await self.inference.unload(request.path_params["model"], parameters)
         return Response(status_code=200)
 
+    async def memory_status(self, request: Request) -> Response:
+        return _json(self.inference.memory.status(*_region(request)))
+
+    async def memory_register(self, request: Request) -> Response:
+        memory, (kind, region) = self.inference.memory, _region(request)
+        if kind == "cuda":
+            memory.register_cuda(region)
+        memory.register(region, *registration(await self._document(request)))
+        return Response(status_code=200)
+
+    async def memory_unregister(self, request: Request) -> Response:
+        self.inference.memory.unregister(*_region(request))
+        return Response(status_code=200)
+
     async def healthz(self, request: Request) -> Response:
         self.inference.live()
         return Response("success", media_type="text/plain")
@@ -337,6 +353,12 @@ def _target(request: Request) -> tuple[str, str]:
     if version and not (_VERSION.fullmatch(version)):
         raise HTTPException(404)
     return request.path_params.get("model", ""), version
+
+
+def _region(request: Request) -> tuple[Kind, str]:
+    """Whose memory, and the region's name; "" means all."""
+    kind: Kind = "cuda" if _path(request.scope).startswith("/v2/cuda") else "system"
+    return kind, request.path_params.get("region", "")
 
 
 def _path(scope: Scope) -> str:

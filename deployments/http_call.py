@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from configs.server import ServerSettings
 
-from . import forwarding, http_infer, http_replies
+from . import forwarding, http_coding, http_infer, http_replies
 from .batcher import MemberResult
 from .contract import Work
 from .directory import Served
@@ -43,6 +43,15 @@ class Answer(NamedTuple):
 
     pieces: list[Any]
     last: bool
+
+
+class Aside(Exception):
+    """Facts: the request. It asks for more than a waiter at the gate can give: see `extras`."""
+
+    @property
+    def request(self) -> InferRequest:
+        request: InferRequest = self.args[0]
+        return request
 
 
 class _Opening(NamedTuple):
@@ -127,7 +136,7 @@ class Call:
 def read_call(
     served: Served, head: Head, data: bytes, start: int, settings: ServerSettings
 ) -> Call:
-    """The call whose body is `data` from `start` on. Raises what is wrong with it."""
+    """The call whose body is `data` from `start` on. Raises what is wrong with it, or Aside."""
     json_bytes = head.json_bytes
     text = b""  # a description that may have a plan
     if json_bytes and json_bytes <= MAX_KEY_BYTES:
@@ -139,6 +148,8 @@ def read_call(
     body = data[start : start + head.body_bytes]
     request = http_infer.decode(served.config, head.version, body, json_bytes, settings)
     told_of = request if head.forwarded is None else forwarding.add(request, head.forwarded)
+    if request.extra:
+        raise Aside(told_of)
     try:
         work = served.contract.admit(told_of)
     except MantaError as error:
@@ -159,6 +170,16 @@ def _learn(served: Served, request: InferRequest, work: Work, text: bytes, data_
 
 
 # --- HTTP/1.1 ------------------------------------------------------------------------------------
+
+
+async def whole(
+    request: InferRequest, answered: InferResponse, coding: str
+) -> tuple[list[Field], Sequence[Any]]:
+    """Fields and body of the answer to a request that `inference` has answered."""
+    fields, body = http_replies.answer(*http_infer.encode(request, answered))
+    if not coding:
+        return fields, body
+    return http_replies.coded(fields, coding), [await http_coding.pack(body, coding)]
 
 
 def refusal(error: Exception, ending: Ending) -> Answer:

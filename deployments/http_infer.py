@@ -18,9 +18,17 @@ from configs.model import ModelConfig
 from configs.server import ServerSettings
 
 from . import tensors
-from .contract import refuse_shared_memory
 from .errors import Internal, InvalidArgument
-from .types import InferRequest, InferResponse, ParameterValue, RequestedOutput, Tensor
+from .regions import memory_range
+from .types import (
+    InferRequest,
+    InferResponse,
+    LentInput,
+    MemoryRange,
+    ParameterValue,
+    RequestedOutput,
+    Tensor,
+)
 
 PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 
@@ -29,6 +37,11 @@ _NONE: dict[str, Any] = {}
 _KINDS = {str: "string", bool: "boolean", int: "signed-integer", list: "array", dict: "object"}
 _FLAGS = ("sequence_start", "sequence_end", "binary_data_output")
 _COUNTS = ("priority", "timeout")
+_SOURCES = ("binary_data_size", "shared_memory_region")
+_ONE_SOURCE = (
+    "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
+    "'shared_memory_region' in 'parameters'. But set "
+)
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -138,18 +151,20 @@ def decode(
         raise Internal("failed to parse the request JSON buffer: not an object")
     outputs = _listed(document, "outputs", settings, [])
     binary = _Binary(memoryview(body)[len(text) :], config.name)
-    inputs = tuple(
-        _input(entry, binary, config.name, settings)
-        for entry in _listed(document, "inputs", settings)
-    )
+    entries = _listed(document, "inputs", settings)
+    lent: tuple[LentInput, ...] = ()
+    if settings.allow_client_shm:
+        lent, entries = _split_lent(entries)
+    inputs = tuple(_input(entry, binary, config.name, settings) for entry in entries)
     binary.check_empty()
     return InferRequest(
         model_name=config.name,
         model_version=version,
         id=member(document, "id", str, ""),
         inputs=inputs,
-        outputs=tuple(map(_output, outputs)),
+        outputs=tuple([_output(entry, settings.allow_client_shm) for entry in outputs]),
         parameters=check_parameters(member(document, "parameters", dict, {})),
+        lent=lent,
     )
 
 
@@ -198,15 +213,11 @@ def _listed(
 
 
 def _input(entry: dict[str, Any], binary: _Binary, model: str, settings: ServerSettings) -> Tensor:
-    name, datatype = member(entry, "name", str), member(entry, "datatype", str)
-    shape = tuple(member(entry, "shape", list))
-    for size in shape:
-        if type(size) is not int or size < 0:
-            raise wrong_type("shape", "unsigned-integer")
+    name, datatype, shape = _described(entry)
     parameters = member(entry, "parameters", dict, _NONE)
     binary_bytes = parameters.get("binary_data_size")
     if len(parameters) > 1 or binary_bytes is None:
-        refuse_shared_memory(parameters)
+        _memory(name, parameters, settings.allow_client_shm)
     rank = settings.max_tensor_rank
     if binary_bytes is not None:
         if type(binary_bytes) is not int or binary_bytes < 0:
@@ -225,18 +236,58 @@ def _input(entry: dict[str, Any], binary: _Binary, model: str, settings: ServerS
     return tensors.from_json(name, datatype, shape, data, rank, settings.max_json_depth)
 
 
-def _output(entry: dict[str, Any]) -> RequestedOutput:
+def _described(entry: dict[str, Any]) -> tuple[str, str, tuple[int, ...]]:
+    """Name, datatype and shape."""
+    name, datatype = member(entry, "name", str), member(entry, "datatype", str)
+    shape = tuple(member(entry, "shape", list))
+    for size in shape:
+        if type(size) is not int or size < 0:
+            raise wrong_type("shape", "unsigned-integer")
+    return name, datatype, shape
+
+
+def _split_lent(
+    entries: list[dict[str, Any]],
+) -> tuple[tuple[LentInput, ...], list[dict[str, Any]]]:
+    """Inputs that lie in the client's memory, and the entries of all others."""
+    lent, others = [], []
+    for position, entry in enumerate(entries):
+        parameters = member(entry, "parameters", dict, _NONE)
+        if "shared_memory_region" not in parameters:
+            others.append(entry)
+            continue
+        name, datatype, shape = _described(entry)
+        sources = ["data"] if "data" in entry else []
+        sources += [key for key in _SOURCES if key in parameters]
+        if len(sources) > 1:
+            raise InvalidArgument(_ONE_SOURCE + " ".join(f"'{source}'" for source in sources))
+        memory = _memory(name, parameters, True)
+        assert memory is not None  # it names a region
+        lent.append(LentInput(position, name, datatype, shape, memory))
+    return tuple(lent), others
+
+
+def _memory(tensor: str, parameters: dict[str, Any], allowed: bool) -> MemoryRange | None:
+    return memory_range(tensor, parameters, allowed, _wrong_memory)
+
+
+def _wrong_memory(tensor: str, key: str, wanted: type) -> Internal:
+    return wrong_type(key, "unsigned-integer" if wanted is int else "string")
+
+
+def _output(entry: dict[str, Any], allow_memory: bool) -> RequestedOutput:
     parameters = member(entry, "parameters", dict, _NONE)
     binary_data = parameters.get("binary_data")
     if len(parameters) == (type(binary_data) is bool):  # nothing else is asked for
         return RequestedOutput(member(entry, "name", str), binary_data is True)
-    refuse_shared_memory(parameters)
+    name, binary_data = member(entry, "name", str), member(parameters, "binary_data", bool, False)
+    memory = _memory(name, parameters, allow_memory)
+    if memory is not None and binary_data:
+        raise InvalidArgument("Output can't set both 'shared_memory_region' and 'binary_data'")
     classification = member(parameters, "classification", int, 0)
     if classification < 0:
         raise InvalidArgument(f"invalid classification count {classification}")
-    return RequestedOutput(
-        member(entry, "name", str), member(parameters, "binary_data", bool, False), classification
-    )
+    return RequestedOutput(name, binary_data, classification, memory)
 
 
 def check_parameters(parameters: dict[str, Any]) -> dict[str, ParameterValue]:
@@ -310,7 +361,9 @@ def encode(request: InferRequest, response: InferResponse) -> tuple[bytes, list[
             "datatype": tensor.datatype,
             "shape": tensor.shape,
         }
-        if all_binary or tensor.name in binary_names:
+        if tensor.placed:
+            pass  # it is told that it is there, and no more
+        elif all_binary or tensor.name in binary_names:
             part = tensors.to_binary(tensor)
             entry["parameters"] = {"binary_data_size": len(part)}
             parts.append(part)

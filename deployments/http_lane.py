@@ -20,12 +20,13 @@ from .batcher import MemberResult
 from .directory import Served
 from .errors import MantaError
 from .http_body import BodyRefused, Pieces
-from .http_call import Answer, Call, Ending
+from .http_call import Answer, Aside, Call, Ending
 from .http_head import NOT_OURS, Head, Heads
 from .http_limits import LimitedProtocol, keep_names
 from .http_replies import Field
 from .inference import Inference
 from .scheduler import Entry
+from .types import InferRequest
 
 # What a connection is doing. ORDINARY: uvicorn has it. HELD: it writes, or has more to read.
 _FREE, _BODY, _GATE, _ORDINARY, _HELD, _GONE = range(6)
@@ -64,6 +65,7 @@ class LaneProtocol(LimitedProtocol):
         self._parsed = True  # uvicorn's parser stands between two messages
         self._head = NOT_OURS
         self._call: Call | None = None
+        self._aside: asyncio.Task[None] | None = None
         self._entry: Entry | None = None
         self._last = False  # uvicorn shuts down: close after this answer
         self._pieces: Pieces | None = None
@@ -77,6 +79,8 @@ class LaneProtocol(LimitedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._call is not None and self._entry is not None:
             self._call.withdraw(self._entry)
+        if self._aside is not None:
+            self._aside.cancel()
         self._call = self._entry = None
         self._state = _GONE
         self._body_over()
@@ -203,8 +207,21 @@ class LaneProtocol(LimitedProtocol):
         try:
             call = http_call.read_call(served, self._head, data, start, self.lane.settings)
             self._entry, self._call = call.enqueue(self), call
+        except Aside as aside:
+            self._aside = self.loop.create_task(self._infer(aside.request))
         except Exception as error:
             self._fail(error)
+
+    async def _infer(self, request: InferRequest) -> None:
+        """What takes its time; it ends with the connection."""
+        try:
+            response = await self.lane.edge.inference.infer(request)
+            fields, body = await http_call.whole(request, response, self._head.coding)
+            answer = http_call.response(200, fields, body, self._ending())
+        except Exception as error:
+            answer = http_call.refusal(error, self._ending())
+        self._aside = None
+        self._write(answer)
 
     def deliver(self, result: MemberResult | MantaError) -> None:
         """The gate's answer, written in the same tick."""

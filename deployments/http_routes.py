@@ -6,8 +6,6 @@ own in `http`, which makes Starlette routes of the rest.
 
 from __future__ import annotations
 
-from .contract import NO_SHARED_MEMORY
-
 MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
 # Method, path below a model (or a full path), endpoint of HttpApp.
@@ -33,6 +31,12 @@ ROUTES = (
     ("POST", "/v2/repository/models/{model:path}/unload", "unload"),
     ("GET", "/-/healthz", "healthz"),
     ("GET", "/-/routes", "routes"),
+    *(
+        (method, f"/v2/{kind}sharedmemory{region}/{verb}", f"memory_{verb}")
+        for kind in ("system", "cuda")
+        for region in ("", "/region/{region}")
+        for method, verb in (("GET", "status"), ("POST", "register"), ("POST", "unregister"))
+    ),
 )
 # In Triton's table and not done here: answered by name. Methods, path, text.
 _TRACE, _LOGGING = "trace settings are not supported", "log settings are not supported"
@@ -41,8 +45,6 @@ UNSUPPORTED = (
     ("GET POST", "/v2/models/{model}/trace/setting", _TRACE),
     ("GET POST", "/v2/trace/setting", _TRACE),
     ("GET POST", "/v2/logging", _LOGGING),
-    ("GET POST", "/v2/systemsharedmemory/{rest:path}", NO_SHARED_MEMORY),
-    ("GET POST", "/v2/cudasharedmemory/{rest:path}", NO_SHARED_MEMORY),
     ("POST", "/v2/repository/{repository}/models/{model}/load", _REPOSITORY),
     ("POST", "/v2/repository/{repository}/models/{model}/unload", _REPOSITORY),
     ("POST", "/v2/repository/{repository}/index", _REPOSITORY),

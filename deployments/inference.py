@@ -6,10 +6,11 @@ hands admitted work to the version's gate and control verbs to the Controller. C
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from asyncio import Future
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from configs import dtypes
 from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.server import ServerSettings
 
-from . import index, overrides
+from . import extras, index, overrides
 from .contract import Work
 from .directory import Served
 from .errors import (
@@ -35,10 +36,12 @@ from .errors import (
     Unsupported,
 )
 from .names import check_model_name
+from .regions import DISABLED, Regions
 from .types import InferRequest, InferResponse, ModelState, Snapshot
 
 # Only what is done here: a client may ask for whatever this list names.
 EXTENSIONS = (
+    "classification",
     "model_repository",
     "model_repository(unload_dependents)",
     "model_configuration",
@@ -46,6 +49,9 @@ EXTENSIONS = (
     "parameters",
     "statistics",
 )
+
+# So many largest requests may have copies of their inputs in shared memory at a time.
+COPIED_BODIES = 4
 
 _PLAIN: Mapping[Code, type[MantaError]] = {
     Code.INVALID_ARG: InvalidArgument,
@@ -75,11 +81,14 @@ class Control(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A request that waits for its batch. Cancelling `future` withdraws it."""
+    """A request that waits for its batch. Cancelling `future` withdraws it.
+
+    Without `work` the future has the whole response: the request asks for more than tensors.
+    """
 
     request: InferRequest
     served: Served
-    work: Work
+    work: Work | None
     future: Future[Any]
 
 
@@ -89,6 +98,7 @@ class Inference:
         self._control = control
         self.settings = settings
         self._leaving = False
+        self._regions = Regions(COPIED_BODIES * settings.max_body_bytes)
 
     # --- health ----------------------------------------------------------------------------------
 
@@ -124,10 +134,13 @@ class Inference:
     # --- metadata --------------------------------------------------------------------------------
 
     def server_metadata(self) -> dict[str, Any]:
+        extensions = list(EXTENSIONS)
+        if self.settings.allow_client_shm:
+            extensions.insert(extensions.index("binary_tensor_data"), "system_shared_memory")
         return {
             "name": self.settings.id,
             "version": _server_version(),
-            "extensions": list(EXTENSIONS),
+            "extensions": extensions,
         }
 
     def model_metadata(self, name: str, version: str) -> dict[str, Any]:
@@ -157,6 +170,12 @@ class Inference:
         """
         find = self._versions.find if accepted else self.find
         served = find(request.model_name, request.model_version)
+        if request.extra:
+            task = asyncio.get_running_loop().create_task(self._infer_extra(served, request))
+            return Ticket(request, served, None, task)
+        return self._queue(served, request)
+
+    def _queue(self, served: Served, request: InferRequest) -> Ticket:
         try:
             work = served.contract.admit(request)
             future = served.gate.submit(work.rows, work.key, work.inputs, work.outputs, work.facts)
@@ -166,6 +185,9 @@ class Inference:
 
     def answer(self, ticket: Ticket) -> InferResponse:
         """The response to a ticket whose future is done."""
+        if ticket.work is None:
+            response: InferResponse = ticket.future.result()
+            return response
         try:
             outputs = ticket.future.result().outputs
             tensors = ticket.served.contract.answer(ticket.work.outputs, outputs)
@@ -193,12 +215,33 @@ class Inference:
         return await self.infer(request, accepted=True)
 
     async def infer(self, request: InferRequest, accepted: bool = False) -> InferResponse:
-        ticket = self.submit(request, accepted)
+        return await self.result(self.submit(request, accepted))
+
+    async def result(self, ticket: Ticket) -> InferResponse:
+        """The response to a ticket, which is withdrawn when the caller is cancelled."""
         try:
             await ticket.future
         except MantaError:
             pass  # `answer` raises it, with the request's id
         return self.answer(ticket)
+
+    async def _infer_extra(self, served: Served, request: InferRequest) -> InferResponse:
+        """One that asks for more than tensors in and tensors out."""
+        size = extras.copied_bytes(request, self.settings)
+        with self._regions.held(extras.ranges(request), size) as regions:
+            request = await extras.fetch(request, regions, self.settings.max_tensor_rank)
+            response = await self.result(self._queue(served, request))
+            labels, batched = served.snapshot.labels, served.config.max_batch_size > 0
+            outputs = await extras.finish(request, response.outputs, labels, batched, regions)
+            return replace(response, outputs=outputs)
+
+    @property
+    def memory(self) -> Regions:
+        """What clients have registered; raises Unsupported where they may not."""
+        self.check_open()
+        if not self.settings.allow_client_shm:
+            raise Unsupported(DISABLED)
+        return self._regions
 
     # --- statistics and control ------------------------------------------------------------------
 

@@ -89,14 +89,18 @@ def from_binary(
     if kind.numpy is None:
         return Tensor(name, datatype, shape, np.frombuffer(view, _BYTE) if len(view) else _NOTHING)
     if len(view) != expected:
-        raise InvalidArgument(
-            f"input byte size mismatch for input '{name}' for model '{model}'. "
-            f"Expected {expected}, got {len(view)}"
-        )
+        raise wrong_size(name, model, expected, len(view))
     dtype = np.dtype(kind.numpy)
     if not expected:
         return Tensor(name, datatype, shape, np.empty(shape, dtype))
     return Tensor(name, datatype, shape, np.frombuffer(view, dtype).reshape(shape))
+
+
+def wrong_size(name: str, model: str, expected: int, got: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"input byte size mismatch for input '{name}' for model '{model}'. "
+        f"Expected {expected}, got {got}"
+    )
 
 
 def to_binary(tensor: Tensor) -> memoryview:

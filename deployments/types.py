@@ -30,21 +30,45 @@ class Tensor:
     `shape` is the client's view. `data` has that shape and the datatype's numpy type, with two
     exceptions: BF16 is carried as uint16, and BYTES as a flat uint8 array in wire form (each
     element a little-endian uint32 length and its bytes).
+    `placed`: its bytes lie in the client's own memory, and `data` is empty.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     data: Array
+    placed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRange:
+    """Part of a region of shared memory that a client has registered under that name."""
+
+    region: str
+    byte_size: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LentInput:
+    """A tensor that lies in the client's memory; `position` is its place among all inputs."""
+
+    position: int
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    memory: MemoryRange
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """`binary_data` concerns HTTP only; `classification` is 0 when not asked for."""
+    """`binary_data` concerns HTTP only; `classification` is 0 when not asked for, and `memory` is
+    where the bytes go instead of into the answer."""
 
     name: str
     binary_data: bool = False
     classification: int = 0
+    memory: MemoryRange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +76,7 @@ class InferRequest:
     """`model_version` "" means the newest ready one; no `outputs` means all of them.
 
     `chain` has the versions (`name/1`) that wait for the answer, outermost first, where a model
-    asks.
+    asks. `lent` are inputs beside `inputs`, in ascending order, until their bytes are fetched.
     """
 
     model_name: str
@@ -62,6 +86,15 @@ class InferRequest:
     outputs: tuple[RequestedOutput, ...] = ()
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     chain: tuple[str, ...] = ()
+    lent: tuple[LentInput, ...] = ()
+
+    @property
+    def extra(self) -> bool:
+        """Whether it asks for more than tensors in and tensors out: `extras` has a part in it."""
+        for output in self.outputs:
+            if output.classification or output.memory is not None:
+                return True
+        return bool(self.lent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ def test_defaults_are_closed_and_bounded():
     assert settings.model_control_mode == "none"
     assert not settings.allow_insecure_cluster and not settings.allow_file_override
     assert settings.http_max_input_size_bytes == 1 << 26
+    assert not settings.allow_client_shm
 
 
 def test_every_field_is_described():
@@ -68,6 +69,13 @@ def test_forks_that_are_asked_for_want_linux(monkeypatch):
         ServerSettings(fork_server=True)
 
 
+def test_the_memory_of_clients_wants_linux(monkeypatch):
+    assert ServerSettings(allow_client_shm=True, listener="serve").allow_client_shm
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ValidationError, match="allow_client_shm needs Linux"):
+        ServerSettings(allow_client_shm=True)
+
+
 def test_replicas_get_the_variables_of_torch_and_cuda():
     os.environ.update(CUDA_LAUNCH_BLOCKING="1", CUDA_VISIBLE_DEVICES="0", TORCH_LOGS="all")
     given = ServerSettings().environment
@@ -96,6 +104,7 @@ def test_replicas_get_the_variables_of_torch_and_cuda():
         ({"listener": "haproxy"}, "listener"),
         ({"http_header_forward_pattern": "("}, "--http-header-forward-pattern: '\\(' is no reg"),
         ({"grpc_header_forward_pattern": "*"}, "--grpc-header-forward-pattern: "),
+        ({"allow_client_shm": True, "router_replicas": 2}, "needs router_replicas 1"),
     ],
 )
 def test_refused(given, reason):

@@ -296,11 +296,11 @@ ABUSE = [
             entry(),
             raw=[RAW],
             outputs=[
-                OUTPUT(name="OUTPUT__0", parameters={"classification": parameter(int64_param=2)})
+                OUTPUT(name="OUTPUT__0", parameters={"classification": parameter(int64_param=0)})
             ],
         ),
-        "UNIMPLEMENTED",
-        "classification of output 'OUTPUT__0' is not supported",
+        "INVALID_ARGUMENT",
+        "invalid value for 'classification'",
     ),
     (
         request(

@@ -201,9 +201,9 @@ ABUSE = [
     ),
     (good(outputs=[{}]), 500, "'name'"),
     (
-        good(outputs=[{"name": "OUTPUT__0", "parameters": {"classification": 2}}]),
-        501,
-        "classification",
+        good(outputs=[{"name": "OUTPUT__0", "parameters": {"classification": "2"}}]),
+        500,
+        "'classification'",
     ),
     (
         good(outputs=[{"name": "OUTPUT__0", "parameters": {"classification": -1}}]),

@@ -13,6 +13,7 @@ from deployments.errors import (
     NotFound,
     ShuttingDown,
     UnknownModel,
+    Unsupported,
 )
 from deployments.inference import EXTENSIONS
 from deployments.tensors import decode_bytes, encode_bytes
@@ -219,12 +220,67 @@ def test_parameters_with_triton_names_are_reserved(server):
         infer(server, "linear", X, parameters={"triton_x": 1})
 
 
-def test_classification_is_refused_by_name(server):
-    outputs = (RequestedOutput("OUTPUT__0", classification=3),)
-    request = InferRequest("linear", "", "", (X,), outputs)
-    with pytest.raises(MantaError, match="classification of output 'OUTPUT__0'") as error:
-        server.inference.submit(request)
-    assert error.value.code is Code.UNSUPPORTED
+def test_classes_are_awaited_as_tensors_are(server):
+    """By `infer`, and by a ticket's future."""
+    classes = (RequestedOutput("OUTPUT__0", classification=9),)
+    request = InferRequest("linear", "", "7", (X,), classes)
+
+    async def both():
+        ticket = server.inference.submit(request)
+        await ticket.future
+        return server.inference.answer(ticket), await server.inference.infer(request)
+
+    for response in asyncio.run(both()):
+        (output,) = response.outputs
+        assert (response.id, output.datatype, output.shape) == ("7", "BYTES", (1, 3))
+        scores = linear(X.data)[0][0]
+        expected = [f"{scores[i]:.6f}:{i}".encode() for i in np.argsort(-scores)]
+        assert decode_bytes("OUTPUT__0", output.data) == expected
+
+
+def test_what_a_request_with_extras_is_refused_for(server):
+    """An unknown model at once, the rest by its future; it is run no more than others are."""
+    classes = (RequestedOutput("Y", classification=1),)
+    with pytest.raises(UnknownModel):
+        infer_extra(server, "nobody", classes)
+    before = len(server.gates["strings"].submitted)
+    words = given("X", encode_bytes([b"a"]), "BYTES", (1,))
+    with pytest.raises(InvalidArgument, match="^.request id: <id_unknown>. class result not"):
+        infer_extra(server, "strings", classes, words)
+    assert len(server.gates["strings"].submitted) == before
+    with pytest.raises(MantaError, match="shapes do not agree"):
+        infer_extra(server, "failing", classes, given("X", floats(1, 1)))
+
+
+def infer_extra(server, model, outputs, *inputs):
+    async def one():
+        return await server.inference.infer(InferRequest(model, "", "", inputs, outputs))
+
+    return asyncio.run(one())
+
+
+def test_shared_memory_is_off_by_default(server):
+    with pytest.raises(Unsupported, match="Client shared memory is disabled"):
+        server.inference.memory.status("system", "")
+
+
+def test_cancelling_a_request_with_extras_withdraws_it():
+    server = Server()
+    gate = server.gates["linear"]
+    gate.hold = []
+    classes = (RequestedOutput("OUTPUT__0", classification=1),)
+    request = InferRequest("linear", "", "", (X,), classes)
+
+    async def leave():
+        ticket = server.inference.submit(request)
+        while not gate.hold:
+            await asyncio.sleep(0)
+        ticket.future.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ticket.future
+
+    asyncio.run(leave())
+    assert gate.cancelled == 1
 
 
 @pytest.mark.parametrize(
