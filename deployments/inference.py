@@ -227,10 +227,10 @@ class Inference:
 
     async def _infer_extra(self, served: Served, request: InferRequest) -> InferResponse:
         """One that asks for more than tensors in and tensors out."""
-        size = extras.copied_bytes(request, self.settings)
-        with self._regions.held(extras.ranges(request), size) as regions:
-            request = await extras.fetch(request, regions, self.settings.max_tensor_rank)
-            response = await self.result(self._queue(served, request))
+        with self._regions.held(extras.ranges(request)) as regions:
+            with self._regions.copying(extras.copied_bytes(request, self.settings)):
+                request = await extras.fetch(request, regions, self.settings.max_tensor_rank)
+                response = await self.result(self._queue(served, request))
             labels, batched = served.snapshot.labels, served.config.max_batch_size > 0
             outputs = await extras.finish(request, response.outputs, labels, batched, regions)
             return replace(response, outputs=outputs)

@@ -200,26 +200,31 @@ class Regions:
         return [region.status()]
 
     @contextlib.contextmanager
-    def held(
-        self, ranges: Iterable[MemoryRange], copied_bytes: int = 0
-    ) -> Iterator[Mapping[str, Region]]:
-        """The regions of checked ranges, by name, and room for copies, until this is over."""
+    def held(self, ranges: Iterable[MemoryRange]) -> Iterator[Mapping[str, Region]]:
+        """The regions of checked ranges, by name; they stay until this is over."""
         found = {each.region: self._find(each) for each in ranges}
-        if copied_bytes > self._max_copied_bytes - self._copied_bytes:
-            raise Unavailable(
-                "the inputs in shared memory of running requests would exceed "
-                f"{self._max_copied_bytes} bytes; try again"
-            )
-        self._copied_bytes += copied_bytes
         for region in found.values():
             region.uses += 1
         try:
             yield found
         finally:
-            self._copied_bytes -= copied_bytes
             for region in found.values():
                 region.uses -= 1
                 self._drop_unused(region)
+
+    @contextlib.contextmanager
+    def copying(self, size_bytes: int) -> Iterator[None]:
+        """Room for copies of so many bytes, until this is over."""
+        if size_bytes > self._max_copied_bytes - self._copied_bytes:
+            raise Unavailable(
+                "the inputs in shared memory of running requests would exceed "
+                f"{self._max_copied_bytes} bytes; try again"
+            )
+        self._copied_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._copied_bytes -= size_bytes
 
     def _find(self, wanted: MemoryRange) -> Region:
         name, offset, size = wanted.region, wanted.offset, wanted.byte_size

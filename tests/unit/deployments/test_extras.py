@@ -43,8 +43,8 @@ def fetch(regions, *lent_inputs, inputs=(), settings=SETTINGS):
     request = InferRequest("m", "", "", inputs, lent=lent_inputs)
 
     async def one():
-        size = extras.copied_bytes(request, settings)
-        with regions.held(extras.ranges(request), size) as held:
+        with regions.held(extras.ranges(request)) as held:
+            extras.copied_bytes(request, settings)
             return await extras.fetch(request, held, settings.max_tensor_rank)
 
     return asyncio.run(one())

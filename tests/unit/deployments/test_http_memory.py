@@ -473,9 +473,7 @@ def labelled(server):
 
 def best(row, count, labels=()):
     order = sorted(range(len(row)), key=lambda index: -row[index])[:count]
-    return [
-        f"{row[i]:.6f}:{i}" + (f":{labels[i]}" if i < len(labels) else "") for i in order
-    ]
+    return [f"{row[i]:.6f}:{i}" + (f":{labels[i]}" if i < len(labels) else "") for i in order]
 
 
 def test_classes_are_the_same_on_both_roads():

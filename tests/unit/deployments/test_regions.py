@@ -357,19 +357,16 @@ def test_a_use_that_fails_is_over_too(registered):
     assert len(made) == 0
 
 
-def test_copies_of_running_requests_have_a_limit(memory):
+def test_copies_of_running_requests_have_a_limit():
     made = Regions(100)
-    made.register("r", memory(bytes(64)).name, 0, 64)
-    with made.held([MemoryRange("r", 64)], 60):
-        with made.held([MemoryRange("r", 40)], 40):
+    with made.copying(60):
+        with made.copying(40):
             pass
         with pytest.raises(Unavailable, match="would exceed 100 bytes; try again$"):
-            with made.held([MemoryRange("r", 41)], 41):
+            with made.copying(41):
                 pass
-        made.unregister("system", "r")
-    assert len(made) == 0
-    with pytest.raises(NotFound):
-        with made.held([MemoryRange("r", 64)], 60):
-            pass
-    with made.held([], 100):  # what failed has taken no room
+    with pytest.raises(ZeroDivisionError):
+        with made.copying(60):
+            raise ZeroDivisionError
+    with made.copying(100):  # what has failed keeps no room
         pass
