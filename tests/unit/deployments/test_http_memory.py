@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -494,6 +496,11 @@ def test_classes_are_the_same_on_both_roads():
         _, head, body = await both(server, request(json.dumps(document).encode()))
         expected = encode_bytes(text.encode() for text in best(Y[0].tolist(), 3, LABELS)).tobytes()
         assert body.endswith(expected)
+        for coding, unpacked in (("gzip", gzip.decompress), ("deflate", zlib.decompress)):
+            data = request(json.dumps(document).encode(), accept_encoding=coding)
+            _, head, body = await both(server, data)
+            assert f"content-encoding: {coding}".encode() in head
+            assert unpacked(body).endswith(expected)
 
     run(use)
 
