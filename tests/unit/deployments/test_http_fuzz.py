@@ -31,9 +31,10 @@ ODD = st.one_of(
     st.text(max_size=12),
     st.sampled_from(["FP32", "INT64", "BYTES", "BOOL", "BF16", "INPUT__0", "X", "OUTPUT__0"]),
     st.lists(st.integers(-1, 70), max_size=5),
-    st.just([]),
-    st.just({}),
-    st.just([[[[[1.0]]]]]),
+    # Made anew each time: what one case changes in them must not reach the next.
+    st.builds(list),
+    st.builds(dict),
+    st.builds(lambda: [[[[[1.0]]]]]),
     st.dictionaries(st.sampled_from(["data", "name", "shape", "binary_data_size"]), st.integers()),
 )
 KEYS = st.sampled_from(
