@@ -38,7 +38,7 @@ _BATCH_NOTE = (
 # Known to the protocol, and a request that sets one would otherwise be answered as if it had not.
 _NOT_YET = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
 # What a request's parameters say to the server, and not to the model.
-_PROTOCOLS = (*_NOT_YET, "binary_data_output")
+PROTOCOL_PARAMETERS = (*_NOT_YET, "binary_data_output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,9 @@ class _Input:
 
 
 def _facts(request: InferRequest, outputs: tuple[str, ...]) -> RequestFacts:
-    own = {key: value for key, value in request.parameters.items() if key not in _PROTOCOLS}
+    own = {
+        key: value for key, value in request.parameters.items() if key not in PROTOCOL_PARAMETERS
+    }
     return RequestFacts(request.id, json.dumps(own) if own else "{}", outputs, request.chain)
 
 

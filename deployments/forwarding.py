@@ -13,21 +13,11 @@ from typing import Any
 
 from configs.patterns import header_pattern
 
+from .contract import PROTOCOL_PARAMETERS
 from .errors import InvalidArgument
 from .types import InferRequest
 
-# What a request's parameters say to the server itself.
-RESERVED = frozenset(
-    (
-        "sequence_id",
-        "sequence_start",
-        "sequence_end",
-        "priority",
-        "timeout",
-        "headers",
-        "binary_data_output",
-    )
-)
+RESERVED = frozenset((*PROTOCOL_PARAMETERS, "headers"))
 # Where an ASGI scope has the headers with their names as they were sent; `headers` has them lower.
 AS_SENT = "manta.headers"
 # What HTTP/2 and its carriers say of a call, and grpc.aio does not show.

@@ -309,8 +309,7 @@ class GrpcServicer:
 
     async def _serve(self, verb: str, request: Any, context: Any) -> Any:
         try:
-            if self._forwarding is not None:
-                self.forward(verb, request, context)
+            self.forward(verb, request, context)
             return await handle(verb, request, self.inference)
         except MantaError as error:
             await context.abort(*status(error))

@@ -113,17 +113,13 @@ class HttpApp:
         body = await self._body(headers, receive, announced)
         json_bytes = http_infer.header_length(announced, len(body))
         request = http_infer.decode(config, version, body, json_bytes, self._settings)
-        if self._forwarding is not None:
-            request = self._with_headers(request, scope)
+        request = self._with_headers(request, scope)
         ticket = self.inference.submit(request)
         if not ticket.future.done():
             await until_done(ticket.future, receive)
-        text, parts = http_infer.encode(request, self.inference.answer(ticket))
-        fields, pieces = http_replies.answer(text, parts)
         coding = http_coding.of_reply(headers.get(b"accept-encoding"))
-        if not coding:
-            return fields, b"".join(pieces)
-        return http_replies.coded(fields, coding), await http_coding.pack(pieces, coding)
+        fields, pieces = await http_replies.whole(request, self.inference.answer(ticket), coding)
+        return fields, b"".join(pieces)
 
     async def _body(
         self, headers: Headers, receive: Receive, announced: bytes | None = None

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from configs.server import ServerSettings
 
-from . import forwarding, http_coding, http_infer, http_replies
+from . import forwarding, http_infer, http_replies
 from .batcher import MemberResult
 from .contract import Work
 from .directory import Served
@@ -170,16 +170,6 @@ def _learn(served: Served, request: InferRequest, work: Work, text: bytes, data_
 
 
 # --- HTTP/1.1 ------------------------------------------------------------------------------------
-
-
-async def whole(
-    request: InferRequest, answered: InferResponse, coding: str
-) -> tuple[list[Field], Sequence[Any]]:
-    """Fields and body of the answer to a request that `inference` has answered."""
-    fields, body = http_replies.answer(*http_infer.encode(request, answered))
-    if not coding:
-        return fields, body
-    return http_replies.coded(fields, coding), [await http_coding.pack(body, coding)]
 
 
 def refusal(error: Exception, ending: Ending) -> Answer:

@@ -216,7 +216,7 @@ class LaneProtocol(LimitedProtocol):
         """What takes its time; it ends with the connection."""
         try:
             response = await self.lane.edge.inference.infer(request)
-            fields, body = await http_call.whole(request, response, self._head.coding)
+            fields, body = await http_replies.whole(request, response, self._head.coding)
             answer = http_call.response(200, fields, body, self._ending())
         except Exception as error:
             answer = http_call.refusal(error, self._ending())

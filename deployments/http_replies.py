@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from . import http_coding, http_infer
 from .errors import HTTP_STATUS, Code, MantaError, ShuttingDown
 from .http_body import BodyRefused, Headers
+from .types import InferRequest, InferResponse
 
 Field = tuple[bytes, bytes]
 
@@ -35,6 +36,17 @@ def answer(
 def coded(fields: Sequence[Field], coding: str) -> list[Field]:
     """Fields of an answer whose body has this coding; the length of its JSON stays what it was."""
     return [*fields, (b"content-encoding", coding.encode())]
+
+
+async def whole(
+    request: InferRequest, answered: InferResponse, coding: str
+) -> tuple[list[Field], Sequence[bytes | memoryview]]:
+    """Fields and body of the answer to a request that `inference` has answered; a large body gets
+    its coding on a thread."""
+    fields, body = answer(*http_infer.encode(request, answered))
+    if not coding:
+        return fields, body
+    return coded(fields, coding), [await http_coding.pack(body, coding)]
 
 
 def error_reply(error: Exception, headers: Headers) -> tuple[int, list[Field], bytes]:

@@ -149,19 +149,29 @@ class ModelReplica:
             )
             for k in range(spec.instances)
         ]
+        failure = await self._bring_up(samples)
+        if isinstance(failure, ConfigError):
+            raise repository.explain(found, failure)
+        if failure is not None:
+            raise failure
+
+    async def _bring_up(self, samples: tuple[warmup.Sample, ...]) -> Exception | None:
+        """All instances at once, or none of them: the first one's error."""
         results = await asyncio.gather(
-            *(asyncio.to_thread(_bring_up, one, samples, spec) for one in self._instances),
+            *(asyncio.to_thread(_bring_up, one, samples, self._spec) for one in self._instances),
             return_exceptions=True,
         )
         errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:
-            instances, self._instances = self._instances, []
-            # On threads: a model's finalize may call others, which takes this loop.
-            await asyncio.gather(*(asyncio.to_thread(one.close) for one in instances))
-            first = errors[0]
-            if not isinstance(first, Exception):  # a model's, and Serve would take it for its own
-                raise ConfigError(f"the model raised {type(first).__name__} while it was loaded")
-            raise repository.explain(found, first) if isinstance(first, ConfigError) else first
+        if not errors:
+            return None
+        instances, self._instances = self._instances, []
+        # On threads: a model's finalize may call others, which takes this loop.
+        await asyncio.gather(*(asyncio.to_thread(one.close) for one in instances))
+        first = errors[0]
+        if isinstance(first, Exception):
+            return first
+        # A model's, and Serve would take it for its own.
+        raise ConfigError(f"the model raised {type(first).__name__} while it was loaded")
 
     # --- data path -------------------------------------------------------------------------------
 

@@ -366,6 +366,17 @@ def test_bad_requests_are_the_same_on_both_roads():
     with_memory(use)
 
 
+async def running(server, road, document):
+    """A client whose request to `linear` runs, until the model is no longer held."""
+    model = server.models["linear"]
+    model.held, model.groups[:] = asyncio.Event(), []
+    client = await server.connect(road)
+    client.send(request(json.dumps(document).encode()))
+    while not model.groups:
+        await asyncio.sleep(0.001)
+    return client
+
+
 def test_an_object_that_is_cut_short_while_its_request_runs():
     async def use(server, file):
         model = server.models["linear"]
@@ -376,12 +387,8 @@ def test_an_object_that_is_cut_short_while_its_request_runs():
         for road in ("lane", "ordinary"):
             os.truncate(file, 64)
             file.write_bytes(X.tobytes() + bytes(48))
-            model.held, model.ran[:] = asyncio.Event(), []
-            client = await server.connect(road)
-            client.send(request(json.dumps(document).encode()))
-            while not model.groups:
-                await asyncio.sleep(0.001)
-            model.groups.clear()
+            model.ran.clear()
+            client = await running(server, road, document)
             os.truncate(file, 0)
             model.held.set()
             head, body = await client.reply()
@@ -402,11 +409,7 @@ def test_a_region_in_use_goes_when_its_request_is_over():
         model, memory = server.models["linear"], server.inference.memory
         document = {"inputs": [shm_input(**in_memory("r", 16))]}
         for road in ("lane", "ordinary"):
-            model.held, model.groups[:] = asyncio.Event(), []
-            client = await server.connect(road)
-            client.send(request(json.dumps(document).encode()))
-            while not model.groups:
-                await asyncio.sleep(0.001)
+            client = await running(server, road, document)
             memory.unregister("system", "r")
             assert memory.status("system", "r")
             model.held.set()
@@ -425,11 +428,7 @@ def test_a_client_that_leaves_frees_its_regions():
         model, memory = server.models["linear"], server.inference.memory
         document = {"inputs": [shm_input(**in_memory("r", 16))]}
         for road in ("lane", "ordinary"):
-            model.held, model.groups[:] = asyncio.Event(), []
-            client = await server.connect(road)
-            client.send(request(json.dumps(document).encode()))
-            while not model.groups:
-                await asyncio.sleep(0.001)
+            client = await running(server, road, document)
             memory.unregister("system", "r")
             client.leave()
             while any(each["name"] == "r" for each in memory.status("system", "")):
