@@ -12,7 +12,11 @@ ARGS ?=
 WORKERS ?= 0
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: install check test test-unit test-serve test-long soak serve example bench bench-start clean
+# The image: make image VARIANT=cuda TAG=registry.example/manta:0.1.0-cuda
+VARIANT ?= cpu
+TAG ?= manta:0.1.0-$(VARIANT)
+
+.PHONY: install check test test-unit test-serve test-long soak serve example bench bench-start image clean
 
 install: $(VENV)/installed
 
@@ -82,6 +86,9 @@ bench: install $(VENV)/bench
 
 bench-start: install
 	$(BIN)/python benchmarks/start.py $(ARGS)
+
+image:
+	docker build --file cluster/Dockerfile --build-arg VARIANT=$(VARIANT) --tag $(TAG) $(ARGS) .
 
 clean:
 	rm -rf $(VENV) examples/model_repository benchmarks/out .pytest_cache .mypy_cache .ruff_cache

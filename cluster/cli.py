@@ -36,6 +36,7 @@ usage: manta COMMAND ...
   manta check PATH ...                      validate a repository without serving it
   manta config PATH [--model NAME]          print the completed config.pbtxt of models
   manta optimize PATH --model NAME ...      make a faster version of a model, checked and measured
+  manta deploy PATH --dry-run ...           print the manifest for a cluster with KubeRay
 
 manta COMMAND --help tells the options of each."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -58,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import configure
 
         return configure.main(words[1:])
+    if words[0] == "deploy":
+        from . import deploy
+
+        return deploy.main(words[1:])
     if words[0] != "serve":
-        known = "serve, check, config, optimize"
+        known = "serve, check, config, optimize, deploy"
         print(f"manta: unknown command '{words[0]}'; there are: {known}", file=sys.stderr)
         return 1
     if any(word in ("-h", "--help") for word in words[1:]):

@@ -58,6 +58,11 @@ def plan(
     return tuple(planned)
 
 
+def gpu_resource(index: int) -> str:
+    """The resource of Ray that a node with this GPU offers, 1 of it."""
+    return f"manta_gpu_{index}"
+
+
 def list_gpus(config: ModelConfig, gpu_count: int) -> ModelConfig:
     """A normalised configuration whose KIND_GPU groups all say which GPUs they are on."""
     every = tuple(range(gpu_count))
@@ -132,7 +137,7 @@ def _place(
                     deployment=f"{group.name}_gpu{gpu}",
                     gpu=gpu,
                     num_gpus=share,
-                    resources={f"manta_gpu_{gpu}": share},
+                    resources={gpu_resource(gpu): share},
                 )
         case "KIND_MODEL":
             given = parameters.model_gpus

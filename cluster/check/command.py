@@ -91,8 +91,9 @@ def _seconds(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..machine import Machine
     from . import trial
-    from .verdicts import Machine, Verdicts
+    from .verdicts import Verdicts
 
     roots = [Path(os.path.abspath(path)) for path in options.repositories]
     gpus = trial.gpu_count() if options.gpus is None else options.gpus

@@ -7,7 +7,7 @@ that may crash or hang. Prints nothing. Called by `command`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from deployments.errors import MantaError, Unavailable
 from deployments.planner import Plan, Planner
 from deployments.repository import Found, Repository
 
+from ..machine import Machine
 from . import trial
 
 
@@ -28,19 +29,6 @@ from . import trial
 class Finding:
     kind: Literal["ok", "error", "warning", "note"]
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """A cluster of one node, as the Planner asks for it."""
-
-    gpus: int
-
-    def gpu_count(self) -> int:
-        return self.gpus
-
-    def resources(self) -> Collection[str]:
-        return [f"manta_gpu_{index}" for index in range(self.gpus)]
 
 
 class Verdicts:

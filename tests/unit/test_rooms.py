@@ -66,6 +66,7 @@ def test_configs_imports_nothing_of_deployments() -> None:
 STATEMENTS = {
     "router": "import deployments.app, deployments.router",
     "runtime": "import deployments.instance",
+    "deploy": "import cluster.deploy",
 }
 
 
@@ -100,6 +101,12 @@ def test_the_routers_imports_do_not_bring_torch(
     interpreters: dict[str, subprocess.Popen[str]],
 ) -> None:
     assert _loaded(interpreters["router"]) == ["numpy"]
+
+
+def test_a_manifest_is_rendered_without_torch(
+    interpreters: dict[str, subprocess.Popen[str]],
+) -> None:
+    assert "torch" not in _loaded(interpreters["deploy"])
 
 
 def test_control_a_runtime_brings_torch(interpreters: dict[str, subprocess.Popen[str]]) -> None:
