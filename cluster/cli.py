@@ -21,12 +21,11 @@ from typing import Any
 
 from configs.server import ServerSettings
 
-from .flags import FlagError, parse, usage
+from .flags import FlagError, parse, warnings
+from .foreground import START_POLL_S, say, show
+from .usage import usage
 
 SERVE_ENV = Path(__file__).with_name("serve.env")
-START_POLL_S = 0.25
-MESSAGES_S = 1.0
-ANSWER_S = 3.0
 # Serve's own bookkeeping on top of the grace that Routers have.
 END_MARGIN_S = 30.0
 USAGE = """\
@@ -39,6 +38,7 @@ usage: manta COMMAND ...
   manta deploy PATH --dry-run ...           print the manifest for a cluster with KubeRay
 
 manta COMMAND --help tells the options of each."""
+HINT = "usage: manta serve [--option=value | --option value] ...; --help lists the options"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -73,8 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         settings = read_settings(words[1:])
+        for line in warnings(words[1:]):
+            print(f"manta serve: {line}", file=sys.stderr)
     except (FlagError, ValueError) as error:
-        print(f"manta serve: {_first_reason(error)}\n\n{usage()}", file=sys.stderr)
+        print(f"manta serve: {_first_reason(error)}\n{HINT}", file=sys.stderr)
         return 1
     return serve(settings)
 
@@ -90,10 +92,14 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
     folder = settings.file_override_directory
     if folder and not os.path.isdir(folder):
         raise FlagError(f"--file-override-directory '{folder}' is not a directory")
+    log = os.path.abspath(settings.log_file) if settings.log_file else ""
+    if log and not os.access(os.path.dirname(log), os.W_OK):
+        raise FlagError(f"log file '{log}' cannot be written there")
     return settings.model_copy(
         update={
             "model_repository": absolute,
             "file_override_directory": os.path.abspath(folder) if folder else "",
+            "log_file": log,
         }
     )
 
@@ -121,7 +127,8 @@ def load_environment(path: Path = SERVE_ENV) -> Mapping[str, str]:
 class _Signals:
     """SIGINT and SIGTERM set a flag; repeated ones change nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
         self.asked = False
 
     def take(self) -> None:
@@ -130,7 +137,7 @@ class _Signals:
 
     def _ask(self, number: int, _frame: object) -> None:
         if not self.asked:
-            print("manta: shutting down", flush=True)
+            say(self._settings, "shutting down")
         self.asked = True
 
 
@@ -196,7 +203,7 @@ def _end_with(parent: int) -> None:
 
 
 def _serve_here(settings: ServerSettings) -> int:
-    signals = _Signals()
+    signals = _Signals(settings)
     signals.take()
     with _fork_server(settings), _ray(settings):
         signals.take()  # Ray has set handlers of its own
@@ -235,7 +242,7 @@ def _ray(settings: ServerSettings) -> Any:
     import ray
 
     own = not os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": settings.log_verbose > 0}
+    options: dict[str, Any] = {"log_to_driver": settings.log_verbose > 1}
     if own:
         gpus = _gpu_count()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -291,50 +298,12 @@ async def _serve(settings: ServerSettings, signals: _Signals) -> int:
         app = build_app(settings)
         await asyncio.to_thread(ray_serve.run, app, name=APPLICATION, route_prefix="/")
         controller = ray_serve.get_deployment_handle("Controller", APPLICATION)
-        code = await _run(controller, settings, signals)
+        code = await show(controller, settings, lambda: signals.asked)
     except RuntimeError as error:
         print(f"manta serve: {error}", file=sys.stderr)
     finally:
         await _end(settings)
     return code
-
-
-async def _run(controller: Any, settings: ServerSettings, signals: _Signals) -> int:
-    """Wait for the first load pass, then for a signal; show what the Controller tells."""
-    started, seen = False, 0
-    while not signals.asked:
-        with contextlib.suppress(Exception):  # it may be restarting
-            seen, lines = await asyncio.wait_for(
-                _answer(controller.messages.remote(seen)), ANSWER_S
-            )
-            for line in lines:
-                print(f"manta: {line}", flush=True)
-            if not started:
-                started, failed = await asyncio.wait_for(
-                    _answer(controller.started.remote()), ANSWER_S
-                )
-                if failed and started and settings.exit_on_error:
-                    print("manta serve: failed to load all models", file=sys.stderr)
-                    return 1
-                if started:
-                    print(_where(settings), flush=True)
-        await asyncio.sleep(START_POLL_S if not started else MESSAGES_S)
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(_answer(controller.close.remote()), 5)
-    return 0
-
-
-async def _answer(response: Any) -> Any:
-    return await response
-
-
-def _where(settings: ServerSettings) -> str:
-    edges = [
-        f"{edge} {getattr(settings, f'{edge}_address')}:{getattr(settings, f'{edge}_port')}"
-        for edge in ("http", "grpc", "metrics")
-        if getattr(settings, f"allow_{edge}")
-    ]
-    return "manta: ready on " + ", ".join(edges)
 
 
 async def _end(settings: ServerSettings) -> None:

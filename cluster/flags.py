@@ -1,5 +1,5 @@
-"""tritonserver's command line, as data: which flag sets which of our settings, and which are known
-but not done. Called by `cli`.
+"""tritonserver's command line, as data: which option sets which of our settings, which have no
+meaning here, and which are refused by name. Called by `cli`; the words of --help are in `usage`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ class FlagError(Exception):
     """A command line that cannot be served; the text names the flag."""
 
 
-Kind = Literal["text", "number", "bool", "list", "switch"]
+Kind = Literal["text", "number", "bool", "list", "switch", "level"]
 
 
 @dataclass(frozen=True)
 class Flag:
     """`setting` is a field of ServerSettings; `help` is shown by --help. A `switch` may stand
-    without a value."""
+    without a value; a `level` is a number, or a boolean for 1 and 0."""
 
     setting: str
     kind: Kind
     help: str
 
+
+@dataclass(frozen=True)
+class Refused:
+    """An option that asks for what is not there; with a value of `nothing` it asks for nothing."""
+
+    reason: str
+    nothing: tuple[str, ...] = ()
+
+
+_OFF = ("false", "0", "off", "no")
 
 FLAGS: dict[str, Flag] = {
     "model-repository": Flag("model_repository", "list", "path of a model repository; repeatable"),
@@ -68,10 +78,26 @@ FLAGS: dict[str, Flag] = {
         "grpc_header_forward_pattern", "text", "metadata that becomes request parameters: a regex"
     ),
     "allow-metrics": Flag("allow_metrics", "bool", "serve metrics"),
+    "allow-gpu-metrics": Flag("allow_gpu_metrics", "bool", "metrics of GPUs, through NVML"),
+    "allow-cpu-metrics": Flag("allow_cpu_metrics", "bool", "metrics of CPU and memory"),
     "metrics-address": Flag("metrics_address", "text", "address that metrics bind"),
     "metrics-port": Flag("metrics_port", "number", "port of metrics"),
     "allow-client-shm": Flag("allow_client_shm", "bool", "clients may use shared memory"),
-    "log-verbose": Flag("log_verbose", "number", "0 is quiet, 1 and more log what Ray logs"),
+    "metrics-interval-ms": Flag(
+        "metrics_interval_ms", "number", "how often metrics of CPU and GPUs are read"
+    ),
+    "metrics-config": Flag(
+        "metrics_config",
+        "list",
+        "counter_latencies=BOOL, summary_latencies=BOOL, summary_quantiles=Q:ERROR,... or "
+        "histogram_latencies=BOOL; repeatable",
+    ),
+    "log-verbose": Flag("log_verbose", "level", "0 is quiet, 1 logs details, 2 also Ray's"),
+    "log-info": Flag("log_info", "bool", "log information"),
+    "log-warning": Flag("log_warning", "bool", "log warnings"),
+    "log-error": Flag("log_error", "bool", "log errors"),
+    "log-format": Flag("log_format", "text", "default, ISO8601 or json"),
+    "log-file": Flag("log_file", "text", "file for the log instead of standard error"),
     # Manta's own
     "listener": Flag("listener", "text", "router or serve: who holds the ports"),
     "batching": Flag("batching", "text", "serve or direct: through @serve.batch or straight on"),
@@ -102,45 +128,106 @@ FLAGS: dict[str, Flag] = {
     ),
 }
 
-# Known to tritonserver, not done here yet: refused by name instead of ignored.
-NOT_DONE = frozenset(
-    """
-    allow-cpu-metrics allow-gpu-metrics allow-sagemaker allow-vertex-ai
-    backend-config backend-directory buffer-manager-thread-count cache-config cache-directory
-    cuda-memory-pool-byte-size cuda-virtual-address-size
-    enable-peer-access grpc-http2-max-pings-without-data
-    grpc-http2-max-ping-strikes grpc-http2-min-recv-ping-interval-without-data
-    grpc-infer-allocation-pool-size grpc-infer-response-compression-level grpc-infer-thread-count
-    grpc-keepalive-permit-without-calls grpc-keepalive-time grpc-keepalive-timeout
-    grpc-max-connection-age grpc-max-connection-age-grace grpc-max-response-pool-size
-    grpc-restricted-protocol grpc-root-cert grpc-server-cert grpc-server-key grpc-use-ssl
-    grpc-use-ssl-mutual host-policy http-restricted-api
-    http-thread-count log-error log-file log-format log-info log-warning metrics-config
-    metrics-interval-ms min-supported-compute-capability model-load-gpu-limit
-    model-namespacing pinned-memory-pool-byte-size rate-limit
-    rate-limit-resource repoagent-directory response-cache-byte-size
-    reuse-grpc-port reuse-http-port sagemaker-port sagemaker-safe-port-range
-    sagemaker-thread-count trace-config trace-count trace-file trace-level
-    trace-log-frequency trace-rate vertex-ai-default-model vertex-ai-port vertex-ai-thread-count
-    """.split()
-)
+_EVENT_LOOPS = "Routers are event loops; --router-replicas says how many"
+_NO_BACKENDS = "the runtimes are part of Manta, no libraries to be found"
+_TORCHS_MEMORY = "torch has its own allocator of device memory"
+
+# Of tritonserver, for machinery that is not here: accepted, and warned of once. Name: reason.
+MEANINGLESS: dict[str, str] = {
+    "http-thread-count": _EVENT_LOOPS,
+    "grpc-infer-thread-count": _EVENT_LOOPS,
+    "grpc-infer-allocation-pool-size": "requests are not kept for reuse",
+    "grpc-max-response-pool-size": "responses are not kept for reuse",
+    "buffer-manager-thread-count": "inputs are joined on the thread of the instance",
+    "pinned-memory-pool-byte-size": "there is no pool of pinned memory",
+    "cuda-memory-pool-byte-size": _TORCHS_MEMORY,
+    "cuda-virtual-address-size": _TORCHS_MEMORY,
+    "enable-peer-access": "no batch moves from GPU to GPU",
+    "min-supported-compute-capability": "the build of torch decides",
+    "model-load-gpu-limit": "Ray places replicas by GPU_FRACTION and --gpu-fraction",
+    "host-policy": "Ray decides where replicas run",
+    "backend-config": "what a model is told stands in its config.pbtxt",
+    "backend-directory": _NO_BACKENDS,
+    "repoagent-directory": "there are no repository agents",
+    "cache-directory": "there is no response cache",
+}
+
+# Within an option without meaning, what would mean something: (key, the value that is in force).
+MEANINGFUL: dict[str, tuple[str, str]] = {"backend-config": ("default-max-batch-size", "4")}
+
+_CERTIFICATES = "gRPC over TLS is not supported"
+_SAGEMAKER = "SageMaker's endpoints are not supported"
+_VERTEX = "Vertex AI's endpoints are not supported"
+_TRACE = "tracing is not supported"
+_KEEPALIVE = "settings of gRPC connections are not supported"
+_SHARED_PORT = "no other server may listen on the port; Routers share it by themselves"
+
+# Of tritonserver, and asking for what is not there: refused by name.
+REFUSED: dict[str, Refused] = {
+    "allow-sagemaker": Refused(_SAGEMAKER, _OFF),
+    "sagemaker-port": Refused(_SAGEMAKER),
+    "sagemaker-safe-port-range": Refused(_SAGEMAKER),
+    "sagemaker-thread-count": Refused(_SAGEMAKER),
+    "allow-vertex-ai": Refused(_VERTEX, _OFF),
+    "vertex-ai-port": Refused(_VERTEX),
+    "vertex-ai-thread-count": Refused(_VERTEX),
+    "vertex-ai-default-model": Refused(_VERTEX),
+    "cache-config": Refused("there is no response cache"),
+    "response-cache-byte-size": Refused("there is no response cache", ("0",)),
+    "grpc-http2-max-ping-strikes": Refused(_KEEPALIVE),
+    "grpc-http2-max-pings-without-data": Refused(_KEEPALIVE),
+    "grpc-http2-min-recv-ping-interval-without-data": Refused(_KEEPALIVE),
+    "grpc-keepalive-permit-without-calls": Refused(_KEEPALIVE),
+    "grpc-keepalive-time": Refused(_KEEPALIVE),
+    "grpc-keepalive-timeout": Refused(_KEEPALIVE),
+    "grpc-max-connection-age": Refused(_KEEPALIVE),
+    "grpc-max-connection-age-grace": Refused(_KEEPALIVE),
+    "grpc-infer-response-compression-level": Refused("responses are not compressed", ("none",)),
+    "grpc-restricted-protocol": Refused("protocols cannot be restricted"),
+    "http-restricted-api": Refused("APIs cannot be restricted"),
+    "grpc-use-ssl": Refused(_CERTIFICATES, _OFF),
+    "grpc-use-ssl-mutual": Refused(_CERTIFICATES, _OFF),
+    "grpc-server-cert": Refused(_CERTIFICATES, ("",)),
+    "grpc-server-key": Refused(_CERTIFICATES, ("",)),
+    "grpc-root-cert": Refused(_CERTIFICATES, ("",)),
+    "model-namespacing": Refused("a model's name is its own over all repositories", _OFF),
+    "rate-limit": Refused("there is no rate limiter", ("off",)),
+    "rate-limit-resource": Refused("there is no rate limiter"),
+    "reuse-grpc-port": Refused(_SHARED_PORT, _OFF),
+    "reuse-http-port": Refused(_SHARED_PORT, _OFF),
+    "trace-config": Refused(_TRACE, ("level=off",)),
+    "trace-count": Refused(_TRACE),
+    "trace-file": Refused(_TRACE, ("",)),
+    "trace-level": Refused(_TRACE, ("off",)),
+    "trace-log-frequency": Refused(_TRACE, ("0",)),
+    "trace-rate": Refused(_TRACE),
+}
 
 _TRUE = ("true", "1", "on", "yes")
-_FALSE = ("false", "0", "off", "no")
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
-    """Settings from `--a=b` and `--a b`. Raises FlagError for what is unknown or not done."""
+    """Settings from `--a=b` and `--a b`. Raises FlagError for what is unknown or refused."""
     settings: dict[str, Any] = {}
     for name, value in _pairs(arguments):
-        flag = FLAGS[name]
+        flag = FLAGS.get(name)
+        if flag is None:
+            continue  # it asks for nothing
         if flag.kind == "list":
             settings[flag.setting] = (*settings.get(flag.setting, ()), value)
         elif flag.kind in ("bool", "switch"):
             settings[flag.setting] = _bool(name, value)
+        elif flag.kind == "level" and not value.isdigit():
+            settings[flag.setting] = int(_bool(name, value))
         else:
             settings[flag.setting] = value
     return settings
+
+
+def warnings(arguments: Sequence[str]) -> list[str]:
+    """A line for each option that has no meaning here, once, however often it is given."""
+    names = dict.fromkeys(name for name, _ in _pairs(arguments) if name in MEANINGLESS)
+    return [f"--{name} has no effect: {MEANINGLESS[name]}" for name in names]
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -150,29 +237,34 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not argument.startswith("--"):
             raise FlagError(f"unexpected argument '{argument}'")
         name, equals, value = argument[2:].partition("=")
-        if name in NOT_DONE:
-            raise FlagError(f"--{name} is an option of tritonserver that Manta does not support")
-        if name not in FLAGS:
+        if name not in FLAGS and name not in MEANINGLESS and name not in REFUSED:
             raise FlagError(f"unknown option '--{name}'")
         if not equals:
-            if FLAGS[name].kind == "switch":
-                value = rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_FALSE) else "true"
-                yield name, value
-                continue
-            if not rest or rest[0].startswith("--"):
+            if name in FLAGS and FLAGS[name].kind == "switch":
+                value = rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_OFF) else "true"
+            elif not rest or rest[0].startswith("--"):
                 raise FlagError(f"--{name} needs a value")
-            value = rest.pop(0)
+            else:
+                value = rest.pop(0)
+        refused = REFUSED.get(name)
+        if refused is not None and value.lower() not in refused.nothing:
+            raise FlagError(
+                f"--{name} is an option of tritonserver that Manta does not support: "
+                f"{refused.reason}"
+            )
+        _check_parts(name, value)
         yield name, value
+
+
+def _check_parts(name: str, value: str) -> None:
+    key, default = MEANINGFUL.get(name, ("", ""))
+    given, equals, number = value.rpartition("=")
+    if equals and key and given.rpartition(",")[2] == key and number != default:
+        raise FlagError(f"--{name}: {key} is {default} and cannot be changed")
 
 
 def _bool(name: str, value: str) -> bool:
     lower = value.lower()
-    if lower not in (*_TRUE, *_FALSE):
+    if lower not in (*_TRUE, *_OFF):
         raise FlagError(f"--{name} is true or false, not '{value}'")
     return lower in _TRUE
-
-
-def usage() -> str:
-    width = max(len(name) for name in FLAGS) + 4
-    lines = [f"  --{name:<{width}}{flag.help}" for name, flag in FLAGS.items()]
-    return "\n".join(["usage: manta serve [--option=value | --option value] ...", "", *lines])

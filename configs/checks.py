@@ -12,6 +12,7 @@ from math import prod
 
 from . import ragged
 from .errors import ConfigError
+from .metrics import check_tags
 from .model import ModelConfig, ModelInput, ModelOutput
 from .warmup import check_warmup
 
@@ -307,6 +308,7 @@ _CHECKS: tuple[Callable[[ModelConfig], None], ...] = (
     _files_by_capability,
     ragged.check,
     check_warmup,
+    check_tags,
 )
 # What holds whatever the model will add.
 _PARTIAL: tuple[Callable[[ModelConfig], None], ...] = (
@@ -316,4 +318,5 @@ _PARTIAL: tuple[Callable[[ModelConfig], None], ...] = (
     _groups,
     _file_names,
     check_warmup,
+    check_tags,
 )

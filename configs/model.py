@@ -155,6 +155,7 @@ class ModelConfig(_Frozen):
     instance_group: tuple[InstanceGroup, ...] = ()
     default_model_filename: str = ""
     cc_model_filenames: dict[str, str] = {}
+    metric_tags: dict[str, str] = {}
     dynamic_batching: DynamicBatching | None = None
     parameters: dict[str, str] = {}
     model_warmup: tuple[ModelWarmup, ...] = ()

@@ -190,6 +190,7 @@ def from_proto(proto: Any) -> ModelConfig:
         instance_group=tuple(map(_group, proto.instance_group)),
         default_model_filename=proto.default_model_filename,
         cc_model_filenames=dict(proto.cc_model_filenames),
+        metric_tags=dict(proto.metric_tags),
         dynamic_batching=DynamicBatching(
             preferred_batch_size=tuple(dynamic.preferred_batch_size),
             max_queue_delay_microseconds=dynamic.max_queue_delay_microseconds,

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from . import metrics
 from .patterns import header_pattern
 
 MIB = 1 << 20
@@ -145,6 +146,16 @@ class ServerSettings(BaseModel):
     allow_client_shm: bool = Field(
         False, description="Clients may register shared memory, and keep tensors in it."
     )
+    allow_gpu_metrics: bool = Field(
+        True, description="Metrics of GPUs, where NVML and its Python bindings are there."
+    )
+    allow_cpu_metrics: bool = Field(True, description="Metrics of CPU and memory.")
+    metrics_interval_ms: int = Field(
+        2000, ge=1, description="How often the metrics of CPU and GPUs are read."
+    )
+    metrics_config: tuple[str, ...] = Field(
+        (), description="What tritonserver takes as --metrics-config: `key=value` entries."
+    )
     http_port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     grpc_port: int = Field(8001, ge=1, le=65535, description="gRPC port.")
     metrics_port: int = Field(8002, ge=1, le=65535, description="Metrics port.")
@@ -225,7 +236,18 @@ class ServerSettings(BaseModel):
     allow_insecure_cluster: bool = Field(
         False, description="Run on a Ray cluster that has no token authentication."
     )
-    log_verbose: int = Field(0, ge=0, description="Verbosity of the log; 0 is off.")
+    log_verbose: int = Field(
+        0, ge=0, lt=2**31, description="Verbosity of the log; 0 is off, 2 shows Ray's output too."
+    )
+    log_info: bool = Field(True, description="Whether information is logged.")
+    log_warning: bool = Field(True, description="Whether warnings are logged.")
+    log_error: bool = Field(True, description="Whether errors are logged.")
+    log_format: Literal["default", "ISO8601", "json"] = Field(
+        "default", description="The form of a line of the log."
+    )
+    log_file: str = Field(
+        "", description="Where the log goes, on the Controller's node, instead of standard error."
+    )
 
     @field_validator("http_header_forward_pattern", "grpc_header_forward_pattern")
     @classmethod
@@ -235,6 +257,12 @@ class ServerSettings(BaseModel):
         except ValueError as error:
             flag = str(info.field_name).replace("_", "-")
             raise ValueError(f"--{flag}: {error}") from None
+        return value
+
+    @field_validator("metrics_config")
+    @classmethod
+    def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        metrics.parse(value)
         return value
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from configs.model import ModelConfig
 
 from .types import (
     Endpoint,
+    LogSettings,
     ModelState,
     Override,
     ReplicaReport,
@@ -167,8 +168,9 @@ class Version:
 class Catalogue:
     """All versions that have a state, and the number of the latest change among them."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, log: LogSettings | None = None) -> None:
         self.epoch = epoch
+        self.log = log or LogSettings()
         self.sequence = 0
         self.started = False
         self.closing = False
@@ -232,4 +234,5 @@ class Catalogue:
             ready=self.ready(strict),
             versions=tuple(version.snapshot() for version in self.versions()),
             closing=self.closing,
+            log=self.log,
         )

@@ -10,35 +10,39 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+from configs import metrics
 from configs.server import ServerSettings
 
 from . import applications
+from .aggregate import Aggregator
 from .applications import BindModel
 from .catalogue import Catalogue
 from .census import Census, census
 from .errors import ControlDisabled, ShuttingDown, Unavailable
 from .followers import Followers
 from .lifecycle import Lifecycle
+from .log_settings import changed, initial, shown
+from .logbook import Lines, Logbook
+from .logs import Tap, announcement
 from .metrics import render
 from .names import check_model_name
 from .polling import Poller
 from .repository import Repository
-from .statistics import Aggregator, Delta, VersionKey
-from .types import ReplicaReport, Snapshot
+from .statistics import Delta, Legacy, VersionKey
+from .types import LogSettings, ReplicaReport, Snapshot
 
 logger = logging.getLogger("ray.serve")
 
 LONG_POLL_S = 2.0
 TICK_S = 0.5
 RETRY_S = 1.0
-MAX_MESSAGES = 2000
 
 
 class Controller:
@@ -48,15 +52,17 @@ class Controller:
         self, settings: ServerSettings, bind_model: BindModel
     ) -> None:
         self._settings = settings
+        self._logbook = Logbook(settings.log_file)
+        self._log = Tap(initial(settings))
+        self._log.attach()
         self._application = serve.get_replica_context().app_name
         await asyncio.to_thread(_check_cluster, settings)
         repository = Repository(settings.model_repository, settings.model_config_name)
         repository.check()
         self._repository = repository
-        self._catalogue = Catalogue(epoch=time.time_ns())
+        self._catalogue = Catalogue(epoch=time.time_ns(), log=self._log.settings)
         self._changed = asyncio.Condition()
-        self._told: deque[str] = deque(maxlen=MAX_MESSAGES)
-        self._told_count = 0
+        self._told = Lines()
         self._followers = Followers(self._catalogue)
         self._lifecycle = Lifecycle(
             settings,
@@ -94,9 +100,12 @@ class Controller:
 
     def _tell(self, text: str) -> None:
         """For whoever runs the server: on this process's output, and for `manta serve` to show."""
+        form = self._catalogue.log.format
         print(text, flush=True)
-        self._told.append(text)
-        self._told_count += 1
+        if form == "json" or self._settings.log_file:
+            self._logbook.write(announcement(text, form))
+        if form != "json":
+            self._told.add(text)
 
     async def _announce(self) -> None:
         """Something that Routers or a waiting load should know has changed."""
@@ -108,19 +117,23 @@ class Controller:
     def _count(self) -> None:
         """Statistics live as long as the generation that they count."""
         current = {
-            VersionKey(v.model_name, str(v.number), v.current.application): v.load_duration_s
+            VersionKey(v.model_name, str(v.number), v.current.application): (
+                v.load_duration_s,
+                v.current.config.metric_tags,
+            )
             for v in self._catalogue.versions()
             if v.current is not None
         }
         for key in self._counted - set(current):
             self._aggregator.drop(key)
         for key in set(current) - self._counted:
-            self._aggregator.open(key, current[key])
+            self._aggregator.open(key, *current[key])
         self._counted = set(current)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self._collect()
             now_s = time.monotonic()
             stale = [g.drop_stale(now_s) for _, g in self._catalogue.generations()]
             if any(stale):
@@ -128,21 +141,32 @@ class Controller:
             for router_id in self._followers.silent():
                 self._aggregator.retire(router_id)
 
+    def _collect(self) -> None:
+        """This process's own lines, to where the others' are."""
+        for line in self._log.take():
+            self._logbook.write(line)
+
     # --- replicas --------------------------------------------------------------------------------
 
-    async def report(self, report: ReplicaReport) -> None:
+    async def report(self, report: ReplicaReport) -> LogSettings:
+        """The answer is how the replica is to log from now on."""
+        for line in report.fresh:
+            self._logbook.write(line)
+        report = replace(report, fresh=()) if report.fresh else report  # it is kept
         generation = self._catalogue.find(report.application)
         if generation is None:
             self._lifecycle.stray(report)
         elif generation.note(report, time.monotonic()):
             await self._announce()
+        return self._catalogue.log
 
     # --- Routers ---------------------------------------------------------------------------------
 
     async def watch(
         self, router_id: str, epoch: int, sequence: int, in_use: tuple[str, ...]
     ) -> Snapshot | None:
-        """The snapshot once it differs from what the Router has, None after LONG_POLL_S.
+        """The snapshot once it differs from what the Router has; None after LONG_POLL_S, and when
+        the Router should tell what it has counted.
 
         `in_use` are the applications that the Router may still call: they are not deleted.
         """
@@ -152,27 +176,48 @@ class Controller:
         def news() -> bool:
             return epoch != catalogue.epoch or sequence != catalogue.sequence
 
+        def wanted() -> bool:
+            return news() or self._followers.owes(router_id)
+
         try:
-            await asyncio.wait_for(self._wait(news), LONG_POLL_S)
+            await asyncio.wait_for(self._wait(wanted), LONG_POLL_S)
         except asyncio.TimeoutError:
             return None
-        return catalogue.snapshot(self._settings.strict_readiness)
+        return catalogue.snapshot(self._settings.strict_readiness) if news() else None
 
     async def _wait(self, news: Callable[[], bool]) -> None:
         async with self._changed:
             await self._changed.wait_for(news)
 
-    async def push(self, router_id: str, delta: Delta, lost: tuple[str, ...]) -> None:
-        """A Router's counters since its last flush, and applications where it lost a call."""
-        self._aggregator.apply(router_id, delta)
+    async def push(
+        self,
+        router_id: str,
+        delta: Delta,
+        lost: tuple[str, ...],
+        lines: tuple[str, ...],
+        log: LogSettings,
+        asked: bool,
+    ) -> tuple[int, Legacy | None]:
+        """A Router's counters and lines since its last flush, applications where it lost a call,
+        and how it logs: that outlives a Controller. Answers which life of the Controller has them,
+        and what the Router should keep for the next.
+        """
+        legacy = self._aggregator.apply(router_id, delta)
+        if asked:  # and not begun before
+            self._followers.counted(router_id)
+        for line in lines:
+            self._logbook.write(line)
+        await self._log_as(log)
         for application in lost:
             generation = self._catalogue.find(application)
             if generation is not None:
                 generation.suspect(time.monotonic())
+        return self._catalogue.epoch, legacy
 
     async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
         """Triton's JSON form of the versions that serve, all of them or those asked for."""
         self._check_started()
+        await self._gather_counts()
         return [
             self._aggregator.report(one.key.model, one.key.version)
             for one in self._aggregator.loaded()
@@ -181,7 +226,29 @@ class Controller:
 
     async def metrics(self) -> str:
         self._check_started()
-        return render(self._aggregator.loaded())
+        await self._gather_counts()
+        config = metrics.parse(self._settings.metrics_config)
+        return render(self._aggregator.loaded(), config)
+
+    async def _gather_counts(self) -> None:
+        """Of all Routers, up to this moment: each says what it has counted only now and then."""
+        if self._followers.ask():
+            async with self._changed:
+                self._changed.notify_all()
+            await self._followers.all_counted()
+
+    async def log_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Changed, known to all Routers, as they are now. Replicas hear of it within a second."""
+        if changes:
+            await self._log_as(changed(self._catalogue.log, changes))
+            await self._followers.reach(self._catalogue.sequence)
+        return shown(self._catalogue.log, self._settings.log_file)
+
+    async def _log_as(self, settings: LogSettings) -> None:
+        if settings.changed_ns > self._catalogue.log.changed_ns:
+            self._catalogue.log = settings
+            self._log.follow(settings)
+            await self._announce()
 
     def _check_started(self) -> None:
         """Counters that begin at zero would seem to go backwards until adoption is over."""
@@ -224,9 +291,12 @@ class Controller:
 
     async def messages(self, seen: int) -> tuple[int, tuple[str, ...]]:
         """How many lines were told so far, and those after the first `seen`, as far as kept."""
-        fresh = self._told_count - seen if seen <= self._told_count else self._told_count
-        new = min(fresh, len(self._told))
-        return self._told_count, tuple(self._told)[len(self._told) - new :]
+        return self._told.since(seen)
+
+    async def log_lines(self, seen: int) -> tuple[int, tuple[str, ...]]:
+        """The same of the log, unless it goes to a file."""
+        self._collect()
+        return self._logbook.since(seen)
 
     async def close(self) -> None:
         """Not ready from now on; Routers hear of it."""
@@ -252,6 +322,9 @@ class Controller:
                 with contextlib.suppress(Exception):  # the others must go all the same
                     await asyncio.to_thread(applications.delete, name)
             await self._lifecycle.close()
+        self._log.detach()
+        self._collect()
+        self._logbook.close()
 
 
 def _check_cluster(settings: ServerSettings) -> None:

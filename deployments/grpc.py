@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import grpc_memory, tensors
+from . import grpc_memory, log_settings, tensors
 from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
 from .forwarding import forwarding
 from .grpc_stubs import service_pb2 as pb
@@ -245,6 +245,14 @@ async def _repository_model_unload(request: Any, inference: Inference) -> Any:
     return pb.RepositoryModelUnloadResponse()
 
 
+async def _log_settings(request: Any, inference: Inference) -> Any:
+    shown = await inference.log_settings(log_settings.from_proto(request.settings))
+    reply = pb.LogSettingsResponse()
+    for name, field in log_settings.FIELDS.items():
+        setattr(reply.settings[name], field, shown[name])
+    return reply
+
+
 def _check_repository(request: Any) -> None:
     if request.repository_name:
         raise Unsupported("'repository_name' specification is not supported")
@@ -269,12 +277,12 @@ VERBS: Mapping[str, Handler] = {
     "RepositoryIndex": _repository_index,
     "RepositoryModelLoad": _repository_model_load,
     "RepositoryModelUnload": _repository_model_unload,
+    "LogSettings": _log_settings,
     **grpc_memory.VERBS,
 }
 UNSUPPORTED: Mapping[str, str] = {
     "ModelStreamInfer": "ModelStreamInfer is not supported",
     "TraceSetting": "trace settings are not supported",
-    "LogSettings": "log settings are not supported",
 }
 
 
@@ -294,6 +302,7 @@ async def handle(verb: str, request: Any, inference: Inference) -> Any:
 def status(error: MantaError) -> tuple[grpc.StatusCode, str]:
     """Code and details of an error."""
     text = _CLOSING if isinstance(error, ShuttingDown) else str(error)
+    logger.debug("answered with %s: %s", error.code.value, text)
     short = text.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
     return grpc.StatusCode[GRPC_STATUS[error.code]], short
 

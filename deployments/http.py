@@ -27,6 +27,7 @@ from . import (
     http_infer,
     http_replies,
     http_repository,
+    log_settings,
 )
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
@@ -232,6 +233,18 @@ class HttpApp:
         self.inference.memory.unregister(*_region(request))
         return Response(status_code=200)
 
+    async def logging(self, request: Request) -> Response:
+        document = await self._document(request) if request.method == "POST" else {}
+        changes = log_settings.from_json(document)
+        return _json(await self.inference.log_settings(changes))
+
+    async def metrics(self, request: Request) -> Response:
+        if not self._settings.allow_metrics:
+            raise HTTPException(404)
+        if request.method != "GET":  # Starlette lets HEAD in with it
+            raise MethodNotAllowed()
+        return Response(await self.inference.metrics(), media_type="text/plain")
+
     async def healthz(self, request: Request) -> Response:
         self.inference.live()
         return Response("success", media_type="text/plain")
@@ -255,24 +268,6 @@ class HttpApp:
             await self._document(request), "parameters", dict, {}
         )
         return parameters
-
-
-class MetricsApp:
-    """The metrics port: one page, whose text `render` makes."""
-
-    def __init__(self, render: Callable[[], Awaitable[str]]) -> None:
-        self._render = render
-        self._router = Starlette(
-            routes=[Route("/metrics", _answering(self.metrics), methods=["GET"])],
-            exception_handlers={HTTPException: _on_http_exception},
-        )
-        self._router.router.redirect_slashes = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._router(scope, receive, send)
-
-    async def metrics(self, request: Request) -> Response:
-        return Response(await self._render(), media_type="text/plain")
 
 
 # --- replies -------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def error_reply(error: Exception, headers: Headers) -> tuple[int, list[Field], b
     if not isinstance(error, MantaError):
         logger.error("a request failed unexpectedly", exc_info=error)
         return 500, fields, error_body("internal error")
+    logger.debug("answered with %d: %s", HTTP_STATUS[error.code], error)
     if error.code is Code.UNAVAILABLE:
         fields.append((b"retry-after", b"1"))
     if isinstance(error, ShuttingDown):

@@ -48,6 +48,7 @@ EXTENSIONS = (
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "logging",
 )
 
 # So many largest requests may have copies of their inputs in shared memory at a time.
@@ -74,7 +75,7 @@ class Versions(Protocol):
 
 class Control(Protocol):
     """The Controller: `load` and `unload` (name, parameters), `statistics` (name, version),
-    `on_disk` ()."""
+    `on_disk`, `metrics`, `log_settings` (changes)."""
 
     async def call(self, verb: str, *args: Any) -> Any: ...
 
@@ -249,7 +250,17 @@ class Inference:
         """Of one model, of one of its versions, or with "" of every ready model."""
         if name:
             self._check_counted(name, version)
-        return {"model_stats": await self._control.call("statistics", name, version)}
+        asked = (name, version) if name else ("", "")
+        return {"model_stats": await self._control.call("statistics", *asked)}
+
+    async def metrics(self) -> str:
+        text: str = await self._control.call("metrics")
+        return text
+
+    async def log_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """As they are after the changes, by the names that clients know."""
+        shown: dict[str, Any] = await self._control.call("log_settings", dict(changes))
+        return shown
 
     async def index(self, ready_only: bool) -> list[dict[str, str]]:
         """What the repository holds: only the name of a model that was never touched."""

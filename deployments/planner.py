@@ -25,6 +25,7 @@ from configs.server import ServerSettings
 
 from . import archives
 from .errors import MantaError
+from .log_settings import initial
 from .repository import Found, Repository
 from .types import Override, ReplicaSpec
 
@@ -175,6 +176,7 @@ class Planner:
                 by_reference_bytes=self._settings.by_reference_min_bytes,
                 config_name=self._settings.model_config_name,
                 override=plan.override,
+                logging=initial(self._settings),
             )
             for placement in plan.placements
         ]

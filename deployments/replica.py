@@ -28,6 +28,7 @@ from configs.parameters import log_lines, parse_parameters
 from . import warmup
 from .doorway import Doorway
 from .errors import MantaError
+from .logs import Tap
 from .neighbours import Neighbours
 from .repository import Repository
 from .types import Batch, BatchReply, ChannelAddress, ReplicaReport, ReplicaSpec
@@ -67,6 +68,7 @@ class ModelReplica:
         self._channel: ChannelAddress | None = None
         self._error = ""
         self._log = _LoadLog()
+        self._tap = Tap(spec.logging, f"model '{spec.model_name}' version {spec.version}")
         self._draining = False
         self._load_duration_s = 0.0
         context = get_runtime_context()
@@ -76,8 +78,7 @@ class ModelReplica:
         _set_environment(spec)
         started = time.monotonic()
         try:
-            with self._log:
-                await self._load()
+            await self._load_telling()
         except (ConfigError, MantaError) as error:
             self._error = str(error)
         except Exception as error:
@@ -89,6 +90,14 @@ class ModelReplica:
             self._doorway = Doorway(len(self._instances), self._admit)
             self._channel = self._doorway.open()
         self._heart = asyncio.get_running_loop().create_task(self._heartbeat())
+
+    async def _load_telling(self) -> None:
+        """While it loads the report's `log` has the lines, once for all replicas; then the tap."""
+        try:
+            with self._log:
+                await self._load()
+        finally:
+            self._tap.attach()
 
     async def _load(self) -> None:
         from .instance import Instance
@@ -242,9 +251,14 @@ class ModelReplica:
         os._exit(1)
 
     async def _tell(self) -> None:
-        await self._controller.report.remote(self._report())
+        lines = self._tap.take()
+        try:
+            self._tap.follow(await self._controller.report.remote(self._report(lines)))
+        except BaseException:
+            self._tap.give_back(lines)
+            raise
 
-    def _report(self) -> ReplicaReport:
+    def _report(self, lines: tuple[str, ...]) -> ReplicaReport:
         spec = self._spec
         return ReplicaReport(
             application=spec.application,
@@ -264,6 +278,7 @@ class ModelReplica:
             weight_pointers=tuple(instance.weight_pointer() for instance in self._instances),
             channel=self._channel,
             log=tuple(self._log.lines),
+            fresh=lines,
             passive=spec.passive,
             override=spec.override,
             details={

@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import get_runtime_context, serve
 from ray.exceptions import RayTaskError
 
+from configs import metrics
 from configs.model import ModelConfig
 from configs.server import ServerSettings
 
@@ -27,10 +30,15 @@ from .client import Origin, Reach
 from .directory import Directory
 from .errors import Internal, MantaError, NoActiveInstance, Unavailable
 from .gate import Gate
+from .gauges import Gauges, sources
 from .grpc import VERBS, GrpcServicer, serve_proxy_method
-from .http import HttpApp, MetricsApp
+from .http import HttpApp
+from .http_metrics import MetricsApp
 from .inference import Inference
+from .ledger import Ledger
 from .listener import Listener
+from .log_settings import initial
+from .logs import Tap
 from .overrides import size_bytes
 from .places import Places
 from .scatter import Scatter
@@ -77,12 +85,17 @@ class Router:
         self._settings = settings
         self._controller = controller
         self._router_id = context.replica_id.unique_id
+        self._log = Tap(initial(settings))
+        self._log.attach()
         self._directory = Directory()
-        self._recorder = Recorder()
+        summaries = metrics.parse(settings.metrics_config).summary_latencies
+        self._ledger = Ledger(
+            self._router_id, controller, self._log, self._pending, Recorder(summaries=summaries)
+        )
+        visible = os.environ.get("MANTA_VISIBLE_DEVICES", "")
+        self._gauges = Gauges(sources(settings, visible), settings.metrics_interval_ms / 1000)
         self._lines: dict[str, _Line] = {}
         self._draining: dict[str, asyncio.Task[None]] = {}
-        self._lost: set[str] = set()
-        self._flushes = 0
         self._epoch, self._sequence = 0, -1
         self._past_epochs: set[int] = set()
         self._origin = Origin(
@@ -100,7 +113,8 @@ class Router:
         self._opened = False
         await self._join()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._follow()), loop.create_task(self._flush_forever())]
+        works = (self._follow(), self._flush_forever(), self._gauges.run())
+        self._tasks = [loop.create_task(work) for work in works]
 
     def _claim(self, app_name: str) -> Listener:
         """The ports, at once: a busy one fails the constructor, and with it the deployment."""
@@ -140,13 +154,14 @@ class Router:
         while True:
             try:
                 snapshot = await self._watch()
+                if snapshot is None:
+                    await self._ledger.flush(asked=True)
+                    continue
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # it is being replaced: what is loaded goes on serving
                 logger.debug("the Controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
-                continue
-            if snapshot is None:
                 continue
             if self._is_behind(snapshot):
                 await asyncio.sleep(RETRY_S)
@@ -178,8 +193,8 @@ class Router:
     def _apply(self, snapshot: Snapshot) -> None:
         if snapshot.epoch != self._epoch:
             self._past_epochs.add(self._epoch)
-            self._recorder.resend()
         self._epoch, self._sequence = snapshot.epoch, snapshot.sequence
+        self._log.follow(snapshot.log)
         wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
         for application, version in wanted.items():
             try:
@@ -198,7 +213,7 @@ class Router:
         config, application = version.config, version.application
         assert config is not None  # _apply takes only versions that have one
         reach = Reach(
-            self._origin, version.model_name, application, lambda: self._lost.add(application)
+            self._origin, version.model_name, application, partial(self._ledger.lost, application)
         )
         # Called from a later tick at the earliest, when there is a gate.
         places = Places(reach, lambda: gate.pump())
@@ -211,7 +226,7 @@ class Router:
             policy(config, self._settings),
             batcher.run,
             places,
-            counters=self._recorder.counters(key),
+            counters=self._ledger.recorder.counters(key),
         )
         if config.passive:
             gate.close(NoActiveInstance(version.model_name))
@@ -239,7 +254,7 @@ class Router:
             line.gate.close(Unavailable(f"model '{line.key.model}' was unloaded"))
         finally:
             await line.places.aclose()
-            self._recorder.discard(line.key)
+            self._ledger.recorder.discard(line.key)
             self._draining.pop(application, None)
 
     # --- counters --------------------------------------------------------------------------------
@@ -248,30 +263,24 @@ class Router:
         while True:
             await asyncio.sleep(FLUSH_S)
             with contextlib.suppress(Exception):
-                await self._flush()
+                await self._ledger.flush()
 
-    async def _flush(self) -> None:
-        self._flushes += 1
-        sequence = self._flushes
-        pending = {line.key: line.gate.pending for line in self._lines.values()}
-        delta = self._recorder.flush(sequence, pending)
-        lost, self._lost = tuple(self._lost), set()
-        try:
-            await self._controller.push.remote(self._router_id, delta, lost)
-        except BaseException:
-            self._lost.update(lost)
-            raise
-        self._recorder.acknowledge(sequence)
+    def _pending(self) -> dict[VersionKey, int]:
+        return {line.key: line.gate.pending for line in self._lines.values()}
 
     async def _metrics(self) -> str:
-        await self._ask(self._flush, ANSWER_S)
+        await self._ask(self._ledger.flush, ANSWER_S)
         text: str = await self._ask(lambda: self._controller.metrics.remote(), ANSWER_S)
-        return text
+        return text + self._gauges.render()
 
     async def call(self, verb: str, *args: Any) -> Any:
         """The Control seam of `inference`."""
+        if verb == "metrics":
+            return await self._metrics()
+        if verb == "log_settings":
+            return await self._ask(lambda: self._controller.log_settings.remote(*args), ANSWER_S)
         if verb == "statistics":
-            await self._ask(self._flush, ANSWER_S)
+            await self._ask(self._ledger.flush, ANSWER_S)
             return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
         if verb == "on_disk":
             return await self._ask(lambda: self._controller.on_disk.remote(), ANSWER_S)
@@ -347,7 +356,8 @@ class Router:
         for task in tasks:
             task.cancel()
         with contextlib.suppress(Exception):  # the Controller may be on its way out, too
-            await asyncio.wait_for(self._flush(), FLUSH_S)
+            await asyncio.wait_for(self._ledger.flush(), FLUSH_S)
+        self._log.detach()
 
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:

@@ -1,20 +1,20 @@
-"""Cumulative statistics per model version, as Triton counts.
+"""Cumulative statistics per model version, as Triton counts: the Router's half.
 
-`Recorder` counts in a Router, `Aggregator` sums the Routers in the Controller and answers the
-statistics verb and the metrics. What travels between them are running totals of what changed, so a
-delta that is lost, repeated or overtaken never makes a sum wrong. Moves nothing itself.
+`Recorder` counts in a Router; what it sends are running totals of what changed, so a delta that is
+lost, repeated or overtaken never makes a sum wrong. The sums over all Routers are `aggregate`'s.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-# Late totals of an unloaded generation must not bring it back; this many are remembered.
-_REMEMBERED_DROPS = 4096
+from .buckets import BOUNDS_NS, EMPTY, summed
+from .windows import SLICE_S, Window
 
 
 class Reason(str, Enum):
@@ -45,7 +45,11 @@ class BatchTotals(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums since the start: queue and compute per successful request, `batches` per execution."""
+    """Sums since the start: queue and compute per successful request, `batches` per execution.
+
+    The last three count by `buckets.BOUNDS_NS`: successful requests by how long they took in all
+    and in the queue, executions by their compute time.
+    """
 
     success: int = 0
     success_ns: int = 0
@@ -59,6 +63,9 @@ class Totals:
     fail_ns: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     batches: Mapping[int, BatchTotals] = field(default_factory=dict)
+    request_buckets: tuple[int, ...] = EMPTY
+    queue_buckets: tuple[int, ...] = EMPTY
+    compute_buckets: tuple[int, ...] = EMPTY
 
     @property
     def fail(self) -> int:
@@ -81,6 +88,7 @@ _SUMS = (
     "inference_count",
     "execution_count",
 )
+_BUCKETS = ("request_buckets", "queue_buckets", "compute_buckets")
 
 
 def add(one: Totals, other: Totals) -> Totals:
@@ -88,6 +96,7 @@ def add(one: Totals, other: Totals) -> Totals:
     sums: dict[str, Any] = {
         name: getattr(one, name) + getattr(other, name) for name in (*_SUMS, "fail_ns")
     }
+    sums |= {name: summed(getattr(one, name), getattr(other, name)) for name in _BUCKETS}
     reasons = dict.fromkeys([*one.failures, *other.failures])
     sizes = dict.fromkeys([*one.batches, *other.batches])
     none = BatchTotals()
@@ -107,30 +116,64 @@ def add(one: Totals, other: Totals) -> Totals:
     )
 
 
+# The last minute's requests by duration: in all, in the queue, and the three parts of compute.
+Recent: TypeAlias = tuple[Mapping[int, int], ...]
+
+
+# A Router that is gone, the number of its last delta, and what it had counted of a version by then.
+Share: TypeAlias = tuple[VersionKey, str, int, Totals]
+
+
+@dataclass(frozen=True, slots=True)
+class Legacy:
+    """What Routers that are gone have counted. Those that live keep it, for a Controller that may
+    follow this one; `number` grows with each change in one Controller's life."""
+
+    number: int = 0
+    shares: tuple[Share, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What changed in one Router since the last acknowledged delta, as totals since its start.
 
-    `pending` are the requests that wait now: a gauge, complete each time.
+    `pending` are the requests that wait now, and `recent` the windows of summaries where these are
+    asked for: gauges, complete each time. `legacy` is complete for a Controller that is new, and
+    else only the number of what this Router has.
     """
 
     sequence: int
     versions: tuple[tuple[VersionKey, Totals], ...]
     pending: tuple[tuple[VersionKey, int], ...] = ()
+    recent: tuple[tuple[VersionKey, Recent], ...] = ()
+    legacy: Legacy = Legacy()
 
 
 class Counters:
     """One version's counts in one Router. Called by its Gate."""
 
-    __slots__ = ("_batches", "_clock", "_failures", "_sums", "_fail_ns", "_last_ms")
+    __slots__ = (
+        "_batches",
+        "_clock",
+        "_computes",
+        "_fail_ns",
+        "_failures",
+        "_last_ms",
+        "_queues",
+        "_requests",
+        "_sums",
+        "windows",
+    )
 
-    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, clock: Callable[[], int] = time.time_ns, summaries: bool = False) -> None:
         self._clock = clock
         self._sums = [0] * len(_SUMS)
         self._failures: dict[str, int] = {}
         self._fail_ns = 0
         self._batches: dict[int, list[int]] = {}
         self._last_ms = 0
+        self._requests, self._queues, self._computes = ([0] * len(EMPTY) for _ in range(3))
+        self.windows = tuple(Window() for _ in range(5)) if summaries else ()
 
     def succeeded(
         self, rows: int, total_ns: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int
@@ -144,6 +187,12 @@ class Counters:
         sums[4] += infer_ns
         sums[5] += output_ns
         sums[6] += rows
+        self._requests[bisect_left(BOUNDS_NS, total_ns)] += 1
+        self._queues[bisect_left(BOUNDS_NS, queue_ns)] += 1
+        if self.windows:
+            durations = (total_ns, queue_ns, input_ns, infer_ns, output_ns)
+            for window, duration_ns in zip(self.windows, durations, strict=True):
+                window.observe(duration_ns)
 
     def failed(self, reason: Reason, total_ns: int) -> None:
         """One request that had been queued was answered with an error or left."""
@@ -161,6 +210,7 @@ class Counters:
         batch[1] += input_ns
         batch[2] += infer_ns
         batch[3] += output_ns
+        self._computes[bisect_left(BOUNDS_NS, input_ns + infer_ns + output_ns)] += 1
 
     def totals(self) -> Totals:
         sums: dict[str, Any] = dict(zip(_SUMS, self._sums, strict=True))
@@ -170,22 +220,38 @@ class Counters:
             fail_ns=self._fail_ns,
             failures=dict(self._failures),
             batches={size: BatchTotals(*batch) for size, batch in sorted(self._batches.items())},
+            request_buckets=tuple(self._requests),
+            queue_buckets=tuple(self._queues),
+            compute_buckets=tuple(self._computes),
         )
 
 
 class Recorder:
-    """All versions' counters of one Router, and what the Controller has of them."""
+    """All versions' counters of one Router, and what the Controller has of them.
 
-    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+    `summaries`: the last minute is kept too, on the clock `now_s`.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], int] = time.time_ns,
+        summaries: bool = False,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clock = clock
+        self._summaries = summaries
+        self._now_s = now_s
+        self._turned_s = now_s()
         self._counters: dict[VersionKey, Counters] = {}
         self._known: dict[VersionKey, tuple[int, int, int]] = {}
         self._sent: Delta | None = None
+        self._legacy = Legacy()
+        self._owed = True
 
     def counters(self, key: VersionKey) -> Counters:
         """The same object for the same key."""
         if key not in self._counters:
-            self._counters[key] = Counters(self._clock)
+            self._counters[key] = Counters(self._clock, self._summaries)
         return self._counters[key]
 
     def discard(self, key: VersionKey) -> None:
@@ -201,139 +267,42 @@ class Recorder:
             if totals.settled != self._known.get(key, (0, 0, 0)):
                 changed.append((key, totals))
         waiting = tuple((key, count) for key, count in (pending or {}).items() if count)
-        self._sent = Delta(sequence, tuple(changed), waiting)
+        kept = self._legacy
+        legacy = Legacy(0, kept.shares) if self._owed else Legacy(kept.number)
+        self._sent = Delta(sequence, tuple(changed), waiting, self._recent(), legacy)
         return self._sent
 
-    def acknowledge(self, sequence: int) -> None:
-        """The Controller has that delta. Acknowledgements of older ones change nothing."""
+    def _recent(self) -> tuple[tuple[VersionKey, Recent], ...]:
+        if not self._summaries:
+            return ()
+        passed = int((self._now_s() - self._turned_s) / SLICE_S)
+        self._turned_s += passed * SLICE_S
+        found = []
+        for key, counters in self._counters.items():
+            for window in counters.windows:
+                window.turn(passed)
+            counts = tuple(window.counts() for window in counters.windows)
+            if any(counts):
+                found.append((key, counts))
+        return tuple(found)
+
+    def acknowledge(self, sequence: int, legacy: Legacy | None = None) -> None:
+        """The Controller has that delta, and may have answered what to keep for the next one.
+        Acknowledgements of older ones change nothing.
+        """
         if self._sent is not None and self._sent.sequence == sequence:
+            self._owed = False
             for key, totals in self._sent.versions:
                 if key in self._counters:
                     self._known[key] = totals.settled
+            if legacy is not None:
+                self._legacy = legacy
 
     def resend(self) -> None:
         """The Controller is new and knows nothing: the next delta holds everything."""
         self._known.clear()
         self._sent = None
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedVersion:
-    """A loaded version with its sums over all Routers."""
-
-    key: VersionKey
-    load_s: float
-    totals: Totals
-    pending: int
-
-
-@dataclass(slots=True)
-class _Share:
-    """One Router's part in one version; `base` is what it had before it began again at zero."""
-
-    sequence: int = -1
-    base: Totals = field(default_factory=Totals)
-    totals: Totals = field(default_factory=Totals)
-
-
-class Aggregator:
-    """The sums over all Routers, dead ones too. Only versions that are open are reported."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[str, str], tuple[VersionKey, float]] = {}
-        self._shares: dict[VersionKey, dict[str, _Share]] = {}
-        self._pending: dict[str, tuple[int, dict[VersionKey, int]]] = {}
-        self._dropped: dict[VersionKey, None] = {}
-
-    def open(self, key: VersionKey, load_s: float) -> None:
-        """This generation now serves the version; its statistics are reported, from zero on."""
-        self._open[(key.model, key.version)] = (key, load_s)
-        self._dropped.pop(key, None)
-
-    def drop(self, key: VersionKey) -> None:
-        """This generation is unloaded; what still comes of it is ignored."""
-        self._shares.pop(key, None)
-        if self._open.get((key.model, key.version), (None,))[0] == key:
-            del self._open[(key.model, key.version)]
-        self._dropped[key] = None
-        if len(self._dropped) > _REMEMBERED_DROPS:
-            del self._dropped[next(iter(self._dropped))]
-
-    def apply(self, router_id: str, delta: Delta) -> None:
-        """Counts each state of a Router once, however often and in whatever order it comes."""
-        for key, totals in delta.versions:
-            if key not in self._dropped:
-                share = self._shares.setdefault(key, {}).setdefault(router_id, _Share())
-                if delta.sequence > share.sequence:
-                    _advance(share, delta.sequence, totals)
-        if delta.sequence > self._pending.get(router_id, (-1, {}))[0]:
-            self._pending[router_id] = (delta.sequence, dict(delta.pending))
-
-    def retire(self, router_id: str) -> None:
-        """That Router is gone: nothing waits in it any more; what it counted stays."""
-        self._pending.pop(router_id, None)
-
-    def loaded(self) -> tuple[LoadedVersion, ...]:
-        """Every open version, by name and version."""
-        return tuple(self._loaded(*self._open[place]) for place in sorted(self._open))
-
-    def report(self, name: str, version: str) -> dict[str, Any]:
-        """Triton's JSON form, which `json_format.ParseDict` makes a ModelStatistics of.
-
-        Raises KeyError for a version that is not open.
-        """
-        key, load_s = self._open[(name, version)]
-        return _json(key, self._loaded(key, load_s).totals)
-
-    def _loaded(self, key: VersionKey, load_s: float) -> LoadedVersion:
-        totals = Totals()
-        for share in self._shares.get(key, {}).values():
-            totals = add(totals, add(share.base, share.totals))
-        pending = sum(waiting.get(key, 0) for _, waiting in self._pending.values())
-        return LoadedVersion(key, load_s, totals, pending)
-
-
-def _advance(share: _Share, sequence: int, totals: Totals) -> None:
-    if any(new < old for new, old in zip(totals.settled, share.totals.settled, strict=True)):
-        share.base = add(share.base, share.totals)  # counted anew from zero: nothing goes backwards
-    share.sequence = sequence
-    share.totals = totals
-
-
-def _measure(count: int, ns: int) -> dict[str, int]:
-    return {"count": count, "ns": ns}
-
-
-def _json(key: VersionKey, totals: Totals) -> dict[str, Any]:
-    ok = totals.success
-    return {
-        "name": key.model,
-        "version": key.version,
-        "last_inference": totals.last_ms,
-        "inference_count": totals.inference_count,
-        "execution_count": totals.execution_count,
-        "inference_stats": {
-            "success": _measure(ok, totals.success_ns),
-            "fail": _measure(totals.fail, totals.fail_ns),
-            "queue": _measure(ok, totals.queue_ns),
-            "compute_input": _measure(ok, totals.input_ns),
-            "compute_infer": _measure(ok, totals.infer_ns),
-            "compute_output": _measure(ok, totals.output_ns),
-            "cache_hit": _measure(0, 0),
-            "cache_miss": _measure(0, 0),
-        },
-        "response_stats": {},
-        "batch_stats": [
-            {
-                "batch_size": size,
-                "compute_input": _measure(batch.executions, batch.input_ns),
-                "compute_infer": _measure(batch.executions, batch.infer_ns),
-                "compute_output": _measure(batch.executions, batch.output_ns),
-            }
-            for size, batch in sorted(totals.batches.items())
-        ],
-        "memory_usage": [],
-    }
+        self._owed = True
 
 
 def reasons(totals: Totals) -> Iterable[tuple[str, int]]:

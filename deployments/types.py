@@ -253,6 +253,19 @@ class VersionSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class LogSettings:
+    """What is logged, and how. `changed_ns` is when a client last changed it, 0 for never: of two,
+    the later is in force."""
+
+    info: bool = True
+    warning: bool = True
+    error: bool = True
+    verbose: int = 0
+    format: str = "default"
+    changed_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What Routers follow. `epoch` names the Controller's life, `sequence` the change within it."""
 
@@ -262,6 +275,7 @@ class Snapshot:
     ready: bool
     versions: tuple[VersionSnapshot, ...]
     closing: bool = False
+    log: LogSettings = LogSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +292,7 @@ class ReplicaReport:
     """What a replica tells the Controller, at registration and at every heartbeat.
 
     `fingerprint` is that of its spec, `config` its spec's as the model has completed it; `log` are
-    the lines that it wrote while it loaded.
+    the lines that it wrote while it loaded, `fresh` those since the last report.
     """
 
     application: str
@@ -301,6 +315,7 @@ class ReplicaReport:
     details: Mapping[str, str] = field(default_factory=dict)
     passive: bool = False
     override: Override | None = None
+    fresh: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +328,7 @@ class ReplicaSpec:
     A passive one loads, and is never sent a batch. `complete`: the model may add to `config`.
     `call_limit_s` and `by_reference_bytes` are for models that call others: for how long, and what
     goes by reference. `config_name` and `override`: where the configuration was read.
+    `logging` is how the log begins; what changes, the Controller says.
     """
 
     controller_application: str
@@ -337,3 +353,4 @@ class ReplicaSpec:
     by_reference_bytes: int = 1 << 20
     config_name: str = ""
     override: Override | None = None
+    logging: LogSettings = LogSettings()

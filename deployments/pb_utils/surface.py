@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from deployments.errors import MantaError
+from deployments.logs import MODELS
 
 from . import datatypes, messages
 from .calls import Calls
@@ -23,7 +24,7 @@ from .tensor import Tensor
 
 NAME = "triton_python_backend_utils"
 
-logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica's log file
+logger = logging.getLogger(MODELS)
 
 
 # --- lookups -------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def using_decoupled_model_transaction_policy(model_config: Mapping[str, Any]) ->
 
 
 class Logger:
-    """Lines go to the replica's log."""
+    """Lines go to the server's log, with the place in the model that wrote them."""
 
     INFO: ClassVar[int] = logging.INFO
     WARNING: ClassVar[int] = logging.WARNING
@@ -70,23 +71,23 @@ class Logger:
 
     @staticmethod
     def log(message: str, level: int = logging.INFO) -> None:
-        logger.log(level, "%s", message)
+        logger.log(level, "%s", message, stacklevel=2)
 
     @staticmethod
     def log_info(message: str) -> None:
-        logger.info("%s", message)
+        logger.info("%s", message, stacklevel=2)
 
     @staticmethod
     def log_warn(message: str) -> None:
-        logger.warning("%s", message)
+        logger.warning("%s", message, stacklevel=2)
 
     @staticmethod
     def log_error(message: str) -> None:
-        logger.error("%s", message)
+        logger.error("%s", message, stacklevel=2)
 
     @staticmethod
     def log_verbose(message: str) -> None:
-        logger.debug("%s", message)
+        logger.debug("%s", message, stacklevel=2)
 
 
 class MetricFamily:

@@ -179,7 +179,6 @@ PATHS = [
     ("GET", "/v2/models/mlp/versions/9/config", 404, "version 9"),
     ("GET", "/v2/models/mlp/versions/x", 404, "Not Found"),
     ("GET", "/v2/models/mlp/generate", 405, "Method Not Allowed"),
-    ("GET", "/v2/logging", 501, "not supported"),
 ]
 
 

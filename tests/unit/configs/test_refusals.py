@@ -51,7 +51,6 @@ SETTINGS = {
     "instance_group.profile": "instance_group { profile: '0' }",
     "instance_group.rate_limiter": "instance_group { rate_limiter { priority: 1 } }",
     "instance_group.secondary_devices": "instance_group { secondary_devices { device_id: 1 } }",
-    "metric_tags": "metric_tags { key: 'a' value: 'b' }",
     "model_metrics": "model_metrics { metric_control { } }",
     "model_operations": "model_operations { op_library_filename: 'x.so' }",
     "model_repository_agents": "model_repository_agents { agents { name: 'sum' } }",

@@ -105,6 +105,10 @@ def test_replicas_get_the_variables_of_torch_and_cuda():
         ({"http_header_forward_pattern": "("}, "--http-header-forward-pattern: '\\(' is no reg"),
         ({"grpc_header_forward_pattern": "*"}, "--grpc-header-forward-pattern: "),
         ({"allow_client_shm": True, "router_replicas": 2}, "needs router_replicas 1"),
+        ({"log_format": "xml"}, "log_format"),
+        ({"log_verbose": -1}, "greater than or equal to 0"),
+        ({"metrics_interval_ms": 0}, "greater than or equal to 1"),
+        ({"metrics_config": ["cache_latencies=true"]}, "unknown 'cache_latencies=true'"),
     ],
 )
 def test_refused(given, reason):

@@ -69,3 +69,39 @@ def test_who_is_silent_is_told_once_and_waited_for_no_more(catalogue, routers, m
     monkeypatch.setattr(followers, "ROUTER_SILENT_S", -1.0)
     assert routers.silent() == ["one"]
     assert routers.silent() == [] and not routers.use("a", 5)
+
+
+def test_one_router_alone_has_told_what_it_counted_when_it_asks(catalogue, routers) -> None:
+    routers.seen("one", catalogue.epoch, 1, ())
+    assert not routers.ask() and not routers.owes("one")
+
+
+def test_all_are_asked_for_what_they_counted_and_waited_for(catalogue, routers) -> None:
+    async def main() -> list[str]:
+        told: list[str] = []
+        waiting = asyncio.ensure_future(routers.all_counted())
+        waiting.add_done_callback(lambda _: told.append("all"))
+        for name in ("one", "two"):
+            assert routers.owes(name)
+            routers.counted(name)
+            assert not routers.owes(name)
+            told.append(name)
+            await asyncio.sleep(3 * followers._POLL_S)
+        await waiting
+        return told
+
+    for name in ("one", "two"):
+        routers.seen(name, catalogue.epoch, 1, ())
+        routers.counted(name)
+    assert routers.ask()
+    assert asyncio.run(main()) == ["one", "two", "all"]
+
+
+def test_control_counts_are_not_waited_for_for_ever(catalogue, routers, monkeypatch) -> None:
+    monkeypatch.setattr(followers, "COUNTS_S", 0.02)
+    for name in ("one", "two"):
+        routers.seen(name, catalogue.epoch, 1, ())
+    assert routers.ask()
+    routers.counted("one")
+    asyncio.run(routers.all_counted())
+    assert routers.owes("two") and not routers.owes("one")

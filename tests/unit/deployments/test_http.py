@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from deployments import http_body
-from deployments.http import MetricsApp
 from deployments.inference import EXTENSIONS
 from deployments.tensors import encode_bytes
 
@@ -502,7 +501,6 @@ NOT_FOUND, NOT_ALLOWED = (404, "Not Found"), (405, "Method Not Allowed")
         ("GET", "/v2/models/a%2f..%2fb", (404, "Not Found")),  # no path of the table
         ("GET", "/v2/models/linear/trace/setting", (501, "trace settings are not supported")),
         ("POST", "/v2/trace/setting", (501, "trace settings are not supported")),
-        ("GET", "/v2/logging", (501, "log settings are not supported")),
         ("GET", "/v2/systemsharedmemory/status", (501, "Client shared memory is disabled")),
         ("POST", "/v2/cudasharedmemory/region/r/register", (501, "memory is disabled")),
         ("POST", "/v2/repository/r/models/m/load", (501, "'repository_name' specification")),
@@ -626,18 +624,3 @@ def test_while_leaving_requests_are_answered_on_connections_that_end():
     assert server.ask("GET", "/v2/health/ready").status_code == 400
     reply = server.ask("POST", INFER, json=good())
     assert (reply.status_code, reply.headers["connection"]) == (200, "close")
-
-
-def test_metrics_page():
-    async def render():
-        return "nv_inference_count 1\n"
-
-    server = Server()
-    server.http = MetricsApp(render)
-    reply = server.ask("GET", "/metrics")
-    assert (reply.text, reply.headers["content-type"]) == (
-        "nv_inference_count 1\n",
-        "text/plain; charset=utf-8",
-    )
-    assert server.ask("POST", "/metrics").status_code == 405
-    assert server.ask("GET", "/").json() == {"error": "Not Found"}

@@ -474,6 +474,8 @@ def test_statistics(server):
         InvalidArgument, match="^requested model version is not available for model 'linear'$"
     ):
         asyncio.run(server.inference.statistics("linear", "9"))
+    asyncio.run(server.inference.statistics("", "9"))  # of all, whatever the version
+    assert server.controller.calls[-1] == ("statistics", "", "")
 
 
 def test_config_of_a_model_that_is_not_there(server):

@@ -2,23 +2,20 @@ from __future__ import annotations
 
 import pickle
 
-import pytest
-from google.protobuf import json_format
-from tritonclient.grpc import service_pb2
-
+from deployments.buckets import BOUNDS_NS, EMPTY
 from deployments.statistics import (
-    Aggregator,
     BatchTotals,
     Counters,
+    Legacy,
     Reason,
     Recorder,
     Totals,
     VersionKey,
     add,
 )
+from deployments.windows import quantiles
 
 KEY = VersionKey("m", "1", "manta.m.1.0")
-NEXT = VersionKey("m", "1", "manta.m.1.1")
 OTHER = VersionKey("other", "2", "manta.other.2.0")
 
 
@@ -35,55 +32,6 @@ def two_in_a_batch(counters):
     counters.executed(2, 5, 50, 7)
     counters.succeeded(1, 100, 30, 5, 50, 7)
     counters.succeeded(1, 90, 20, 5, 50, 7)
-
-
-def reported(aggregator, name="m", version="1"):
-    return aggregator.report(name, version)
-
-
-def test_a_batch_of_two_single_rows():
-    """Counts and times as Triton has them, to the letter."""
-    router, aggregator = recorder(), Aggregator()
-    aggregator.open(KEY, 1.5)
-    two_in_a_batch(router.counters(KEY))
-    aggregator.apply("r", router.flush(1))
-    assert reported(aggregator) == {
-        "name": "m",
-        "version": "1",
-        "last_inference": 1_700_000_000_123,
-        "inference_count": 2,
-        "execution_count": 1,
-        "inference_stats": {
-            "success": {"count": 2, "ns": 190},
-            "fail": {"count": 0, "ns": 0},
-            "queue": {"count": 2, "ns": 50},
-            "compute_input": {"count": 2, "ns": 10},
-            "compute_infer": {"count": 2, "ns": 100},
-            "compute_output": {"count": 2, "ns": 14},
-            "cache_hit": {"count": 0, "ns": 0},
-            "cache_miss": {"count": 0, "ns": 0},
-        },
-        "response_stats": {},
-        "batch_stats": [
-            {
-                "batch_size": 2,
-                "compute_input": {"count": 1, "ns": 5},
-                "compute_infer": {"count": 1, "ns": 50},
-                "compute_output": {"count": 1, "ns": 7},
-            }
-        ],
-        "memory_usage": [],
-    }
-
-
-def test_the_report_is_a_protobuf_message_too():
-    router, aggregator = recorder(), Aggregator()
-    aggregator.open(KEY, 0)
-    two_in_a_batch(router.counters(KEY))
-    aggregator.apply("r", router.flush(1))
-    message = json_format.ParseDict(reported(aggregator), service_pb2.ModelStatistics())
-    assert message.inference_stats.queue.count == message.inference_stats.success.count == 2
-    assert message.batch_stats[0].compute_infer.ns == 50
 
 
 def test_failures_count_their_reason_and_nothing_else():
@@ -112,19 +60,6 @@ def test_batch_sizes_are_kept_apart_and_sorted():
         (2, BatchTotals(1, 1, 2, 3)),
         (8, BatchTotals(2, 2, 4, 6)),
     ]
-
-
-def test_a_version_that_never_ran_reports_zeros():
-    aggregator = Aggregator()
-    aggregator.open(KEY, 0)
-    report = reported(aggregator)
-    assert report["last_inference"] == report["inference_count"] == 0
-    assert report["batch_stats"] == []
-
-
-def test_an_unknown_version_is_a_key_error():
-    with pytest.raises(KeyError):
-        Aggregator().report("m", "1")
 
 
 def test_a_delta_holds_what_changed_until_it_is_acknowledged():
@@ -165,100 +100,6 @@ def test_a_delta_is_picklable_and_does_not_change_afterwards():
     assert len(pickle.dumps(delta)) < 1000
 
 
-def test_a_delta_that_comes_again_or_too_late_counts_once():
-    router, aggregator = recorder(), Aggregator()
-    aggregator.open(KEY, 0)
-    two_in_a_batch(router.counters(KEY))
-    old = router.flush(1)
-    two_in_a_batch(router.counters(KEY))
-    new = router.flush(2)
-    for delta in (new, old, new, old):
-        aggregator.apply("r", delta)
-        assert reported(aggregator)["inference_count"] == 4
-
-
-def test_control_a_new_state_is_counted():
-    """The test above would also pass if nothing after the first were ever applied."""
-    router, aggregator = recorder(), Aggregator()
-    aggregator.open(KEY, 0)
-    for sequence in range(1, 4):
-        two_in_a_batch(router.counters(KEY))
-        aggregator.apply("r", router.flush(sequence))
-        assert reported(aggregator)["inference_count"] == 2 * sequence
-
-
-def test_a_late_delta_still_brings_what_a_newer_one_left_out():
-    router, aggregator = recorder(), Aggregator()
-    aggregator.open(KEY, 0)
-    aggregator.open(OTHER, 0)
-    two_in_a_batch(router.counters(KEY))
-    late = router.flush(1)
-    router.acknowledge(1)
-    two_in_a_batch(router.counters(OTHER))
-    aggregator.apply("r", router.flush(2))
-    aggregator.apply("r", late)
-    assert reported(aggregator)["inference_count"] == 2
-    assert reported(aggregator, "other", "2")["inference_count"] == 2
-
-
-def test_routers_are_summed_and_dead_ones_are_not_forgotten():
-    aggregator = Aggregator()
-    aggregator.open(KEY, 0)
-    for name in ("a", "b"):
-        router = recorder()
-        two_in_a_batch(router.counters(KEY))
-        aggregator.apply(name, router.flush(1, {KEY: 5}))
-    assert aggregator.loaded()[0].pending == 10
-    aggregator.retire("a")
-    (loaded,) = aggregator.loaded()
-    assert (loaded.totals.inference_count, loaded.pending) == (4, 5)
-    assert loaded.totals.batches == {2: BatchTotals(2, 10, 100, 14)}
-
-
-def test_a_router_that_counts_anew_never_takes_the_sum_back():
-    aggregator = Aggregator()
-    aggregator.open(KEY, 0)
-    seen = []
-    sequence = 0
-    for _ in range(3):
-        router = recorder()  # the same Router by name, from zero
-        for _ in range(2):
-            sequence += 1
-            two_in_a_batch(router.counters(KEY))
-            aggregator.apply("r", router.flush(sequence))
-            seen.append(reported(aggregator)["inference_count"])
-    assert seen == [2, 4, 6, 8, 10, 12]
-
-
-def test_a_reload_starts_at_zero_and_late_counts_of_the_old_life_are_ignored():
-    router, aggregator = recorder(), Aggregator()
-    aggregator.open(KEY, 1)
-    two_in_a_batch(router.counters(KEY))
-    aggregator.apply("r", router.flush(1))
-    aggregator.open(NEXT, 2)
-    assert reported(aggregator)["inference_count"] == 0
-    aggregator.drop(KEY)
-    two_in_a_batch(router.counters(KEY))
-    two_in_a_batch(router.counters(NEXT))
-    aggregator.apply("r", router.flush(2))
-    assert reported(aggregator)["inference_count"] == 2
-    aggregator.drop(NEXT)
-    assert aggregator.loaded() == ()
-    assert not aggregator._shares  # late counts do not pile up either
-
-
-def test_a_new_controller_learns_everything_again():
-    router = recorder()
-    two_in_a_batch(router.counters(KEY))
-    router.flush(1)
-    router.acknowledge(1)
-    router.resend()
-    aggregator = Aggregator()
-    aggregator.apply("r", router.flush(2))
-    aggregator.open(KEY, 0)  # adopted after the Router's first word
-    assert reported(aggregator)["inference_count"] == 2
-
-
 def test_discarded_versions_are_no_longer_sent():
     router = recorder()
     two_in_a_batch(router.counters(KEY))
@@ -266,15 +107,132 @@ def test_discarded_versions_are_no_longer_sent():
     assert router.flush(1).versions == ()
 
 
-def test_versions_are_listed_by_name_and_version():
-    aggregator = Aggregator()
-    aggregator.open(OTHER, 0.25)
-    aggregator.open(KEY, 1.5)
-    assert [(v.key.model, v.load_s) for v in aggregator.loaded()] == [("m", 1.5), ("other", 0.25)]
-
-
 def test_adding_nothing_changes_nothing():
     counters = Counters(clock)
     two_in_a_batch(counters)
     counters.failed(Reason.OTHER, 4)
     assert add(Totals(), counters.totals()) == add(counters.totals(), Totals()) == counters.totals()
+
+
+def at(bound_s):
+    """The bucket whose upper bound is this many seconds."""
+    return BOUNDS_NS.index(round(bound_s * 1e9))
+
+
+def test_requests_and_executions_are_counted_by_duration():
+    """A duration belongs to the first bound that is not below it: Prometheus's `le`."""
+    counters = Counters(clock)
+    counters.succeeded(1, 1_000_000, 999, 1, 2, 3)  # 1 ms to the nanosecond, hardly a queue
+    counters.succeeded(1, 1_000_001, 100_001, 1, 2, 3)
+    counters.succeeded(1, 10**12, 0, 1, 2, 3)  # beyond all bounds
+    counters.executed(4, 10_000_000, 30_000_000, 20_000_000)
+    totals = counters.totals()
+    requests, queues, computes = ([0] * len(EMPTY) for _ in range(3))
+    requests[at(0.001)] = requests[at(0.0025)] = requests[-1] = 1
+    queues[0], queues[1] = 2, 1
+    computes[at(0.1)] = 1
+    assert totals.request_buckets == tuple(requests)
+    assert totals.queue_buckets == tuple(queues)
+    assert totals.compute_buckets == tuple(computes)
+    assert sum(totals.request_buckets) == sum(totals.queue_buckets) == totals.success
+    assert sum(totals.compute_buckets) == totals.execution_count
+
+
+def test_a_failure_is_in_no_bucket():
+    counters = Counters(clock)
+    counters.failed(Reason.OTHER, 10**9)
+    assert counters.totals().request_buckets == EMPTY
+
+
+def test_buckets_add_up():
+    counters = Counters(clock)
+    two_in_a_batch(counters)
+    doubled = add(counters.totals(), counters.totals())
+    assert doubled.request_buckets[0] == doubled.queue_buckets[0] == 4
+    assert doubled.compute_buckets[0] == 2
+    assert len(doubled.request_buckets) == len(EMPTY)
+
+
+# --- summaries -----------------------------------------------------------------------------------
+
+
+class Now:
+    """A clock that stands."""
+
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def medians(delta):
+    ((key, recent),) = delta.recent
+    assert key == KEY
+    return [quantiles(counts, (0.5,))[0] for counts in recent]
+
+
+def test_without_summaries_nothing_is_kept_of_the_last_minute():
+    router = recorder()
+    two_in_a_batch(router.counters(KEY))
+    assert router.counters(KEY).windows == ()
+    assert router.flush(1).recent == ()
+
+
+def test_the_last_minute_is_in_every_delta_until_it_is_over():
+    now = Now()
+    router = Recorder(clock, summaries=True, now_s=now)
+    us = 1000
+    router.counters(KEY).succeeded(1, 1000 * us, 500 * us, 10 * us, 400 * us, 90 * us)
+    assert router.flush(1).versions
+    router.acknowledge(1)
+    for sequence, later_s in ((2, 0.0), (3, 9.0), (4, 59.0)):
+        now.now_s = 100 + later_s
+        delta = router.flush(sequence)
+        assert delta.versions == ()  # a gauge, whatever else is known
+        for median, wanted in zip(medians(delta), (1000, 500, 10, 400, 90), strict=True):
+            assert abs(median - wanted) <= wanted / 100 + 0.1
+    now.now_s = 160.0
+    assert router.flush(5).recent == ()
+
+
+def test_the_last_minute_moves_on_though_nobody_asks_for_long():
+    now = Now()
+    router = Recorder(clock, summaries=True, now_s=now)
+    router.counters(KEY).succeeded(1, 10**6, 0, 0, 0, 0)
+    now.now_s = 10_000.0
+    assert router.flush(1).recent == ()
+    router.counters(KEY).succeeded(1, 10**9, 0, 0, 0, 0)
+    now.now_s += 9
+    assert abs(medians(router.flush(2))[0] - 10**6) < 10**4
+
+
+# --- the legacy ----------------------------------------------------------------------------------
+
+
+def test_what_the_dead_have_counted_goes_to_a_new_controller_once():
+    router = recorder()
+    legacy = Legacy(3, ((KEY, "dead", 9, Totals(success=4)),))
+    router.flush(1)
+    router.acknowledge(1, legacy)
+    assert router.flush(2).legacy == Legacy(3)  # only that it is known
+    router.acknowledge(2)
+    router.resend()
+    for sequence in (3, 4):  # until it has arrived
+        assert router.flush(sequence).legacy == Legacy(0, legacy.shares)
+    router.acknowledge(4)
+    assert router.flush(5).legacy == Legacy(3)
+
+
+def test_an_answer_to_an_older_delta_says_nothing_of_what_to_keep():
+    """Of a Controller that had just begun, say, and knew of nobody who died."""
+    router = recorder()
+    legacy = Legacy(3, ((KEY, "dead", 9, Totals(success=4)),))
+    router.flush(1)
+    router.acknowledge(1, legacy)
+    router.flush(2)
+    router.resend()
+    router.acknowledge(2, Legacy())
+    router.flush(3)
+    router.acknowledge(2, Legacy())
+    assert router.flush(4).legacy == Legacy(0, legacy.shares)
