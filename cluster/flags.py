@@ -71,6 +71,9 @@ FLAGS: dict[str, Flag] = {
     "http-header-forward-pattern": Flag(
         "http_header_forward_pattern", "text", "headers that become request parameters: a regex"
     ),
+    "http-control-host": Flag(
+        "http_control_host", "list", "name whose web pages may load models; repeatable"
+    ),
     "allow-grpc": Flag("allow_grpc", "bool", "serve gRPC"),
     "grpc-address": Flag("grpc_address", "text", "address that gRPC binds"),
     "grpc-port": Flag("grpc_port", "number", "port of gRPC"),

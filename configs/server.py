@@ -227,6 +227,11 @@ class ServerSettings(BaseModel):
     grpc_header_forward_pattern: str = Field(
         "", description="gRPC metadata whose names match becomes request parameters; empty: none."
     )
+    http_control_host: tuple[str, ...] = Field(
+        (),
+        description="Names under which web pages of this server may load models and change "
+        "settings, beside addresses and localhost.",
+    )
     max_json_depth: int = Field(100, ge=1, description="Deepest nesting of request JSON.")
     max_tensor_rank: int = Field(64, ge=1, description="Most dimensions of a tensor.")
     max_tensors_per_request: int = Field(

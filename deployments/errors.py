@@ -10,6 +10,7 @@ MantaError
 ├── AlreadyExists
 ├── Cancelled
 ├── MethodNotAllowed     HTTP only
+├── ForeignOrigin        HTTP only: a page of another site asks
 └── UnknownError
 
 An error carries facts as its args and makes its text in __str__, so it survives pickling between
@@ -33,6 +34,7 @@ class Code(Enum):
     ALREADY_EXISTS = "ALREADY_EXISTS"
     CANCELLED = "CANCELLED"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    FORBIDDEN = "FORBIDDEN"
     UNKNOWN = "UNKNOWN"
 
 
@@ -45,6 +47,7 @@ HTTP_STATUS: dict[Code, int] = {
     Code.ALREADY_EXISTS: 400,
     Code.CANCELLED: 400,
     Code.METHOD_NOT_ALLOWED: 405,
+    Code.FORBIDDEN: 403,
     Code.UNKNOWN: 400,
 }
 
@@ -57,6 +60,7 @@ GRPC_STATUS: dict[Code, str] = {  # names of grpc.StatusCode, so that this leaf 
     Code.ALREADY_EXISTS: "ALREADY_EXISTS",
     Code.CANCELLED: "CANCELLED",
     Code.METHOD_NOT_ALLOWED: "UNIMPLEMENTED",
+    Code.FORBIDDEN: "PERMISSION_DENIED",
     Code.UNKNOWN: "UNKNOWN",
 }
 
@@ -180,6 +184,16 @@ class MethodNotAllowed(MantaError):
 
     def __str__(self) -> str:
         return self.text
+
+
+class ForeignOrigin(MantaError):
+    """Facts: the Origin that the browser named."""
+
+    code = Code.FORBIDDEN
+    text = (
+        "web pages of '{0}' may not change this server; open them under an address of the server, "
+        "or under a name of --http-control-host"
+    )
 
 
 class UnknownError(MantaError):

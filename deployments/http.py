@@ -28,7 +28,9 @@ from . import (
     http_replies,
     http_repository,
     log_settings,
+    page,
 )
+from .documents import Document
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
     ClientGone,
@@ -40,10 +42,12 @@ from .http_body import (
     read_within,
     until_done,
 )
+from .http_guard import OPEN, check_origin
 from .http_memory import registration
 from .http_replies import CLOSE, JSON, Field, error_body, error_reply
 from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
 from .inference import Inference
+from .openapi import OpenApi
 from .regions import Kind
 from .types import InferRequest
 
@@ -65,6 +69,8 @@ class HttpApp:
         self._application = application
         self._forwarding = forwarding.forwarding(settings.http_header_forward_pattern)
         self.leaving = False
+        self._page = page.read()
+        self._openapi = OpenApi(inference)
         self._router = Starlette(
             routes=list(self._routes()), exception_handlers={HTTPException: _on_http_exception}
         )
@@ -164,17 +170,40 @@ class HttpApp:
     # --- every other route -----------------------------------------------------------------------
 
     def _routes(self) -> list[Route]:
-        table = [(method, path, getattr(self, name)) for method, path, name in ROUTES]
+        table = [(method, path, self._endpoint(name)) for method, path, name in ROUTES]
         table += [
-            (method, model + path, getattr(self, name))
+            (method, model + path, self._endpoint(name))
             for method, path, name in MODEL_ROUTES
             for model in MODEL
         ]
-        table += [(methods, path, _refusal(text)) for methods, path, text in UNSUPPORTED]
+        table += [
+            (methods, path, self._from_own_pages(_refusal(text)))
+            for methods, path, text in UNSUPPORTED
+        ]
         return [
             Route(path, _answering(endpoint), methods=methods.split())
             for methods, path, endpoint in table
         ]
+
+    def _endpoint(self, name: str) -> Endpoint:
+        endpoint: Endpoint = getattr(self, name)
+        return endpoint if name in OPEN else self._from_own_pages(endpoint)
+
+    def _from_own_pages(self, endpoint: Endpoint) -> Endpoint:
+        names = {name.lower() for name in self._settings.http_control_host}
+
+        async def ask(request: Request) -> Response:
+            if request.method == "POST":
+                check_origin(fold(request.scope["headers"]), names)
+            return await endpoint(request)
+
+        return ask
+
+    async def page(self, request: Request) -> Response:
+        return _document(self._page, request)
+
+    async def openapi(self, request: Request) -> Response:
+        return _document(self._openapi.document(), request)
 
     async def server_metadata(self, request: Request) -> Response:
         return _json(self.inference.server_metadata())
@@ -281,6 +310,11 @@ async def _reply(send: Send, status: int, fields: list[Field], body: bytes) -> N
 
 def _json(document: Any) -> Response:
     return Response(http_infer.dump_json(document), media_type="application/json")
+
+
+def _document(document: Document, request: Request) -> Response:
+    headers = fold(request.scope["headers"])
+    return _response(*document.answer(headers.get(b"if-none-match", b"")))
 
 
 def _response(status: int, fields: list[Field], body: bytes) -> Response:

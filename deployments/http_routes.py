@@ -8,7 +8,8 @@ from __future__ import annotations
 
 MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
-# Method, path below a model (or a full path), endpoint of HttpApp.
+# Method, path below a model (or a full path), endpoint of HttpApp; what it takes and answers is in
+# `openapi_operations`.
 MODEL_ROUTES = (
     ("GET", "", "model_metadata"),
     ("GET", "/ready", "model_ready"),
@@ -19,6 +20,8 @@ MODEL_ROUTES = (
     ("POST", "/generate_stream", "generate_stream"),
 )
 ROUTES = (
+    ("GET", "/", "page"),
+    ("GET", "/openapi.json", "openapi"),
     ("GET", "/v2", "server_metadata"),
     ("GET", "/v2/health/live", "live"),
     ("GET", "/v2/health/ready", "ready"),

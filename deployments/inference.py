@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import Future
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -156,6 +156,14 @@ class Inference:
 
     def model_config(self, name: str, version: str) -> ModelConfig:
         return self._versions.find(name, version).config
+
+    def loaded(self) -> Iterator[tuple[str, str, ModelConfig]]:
+        """Name, version and configuration of all that answers: also of what loads anew."""
+        for each in self._versions.snapshot().versions:
+            if each.version:
+                with contextlib.suppress(NotFound, Unavailable):
+                    version = str(each.version)
+                    yield each.model_name, version, self.model_config(each.model_name, version)
 
     # --- infer -----------------------------------------------------------------------------------
 

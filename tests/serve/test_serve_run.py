@@ -80,6 +80,8 @@ def test_serve_run_answers_http_and_grpc(serve_run: Server) -> None:
     x = rows(2, 8)
     with torch.inference_mode():
         expected = repository.mlp()(torch.from_numpy(x)).numpy()
+    assert serve_run.get("/").headers["content-type"] == "text/html; charset=utf-8"
+    assert "/v2/models/mlp/infer" in serve_run.get("/openapi.json").json()["paths"]
     for client in (
         httpclient.InferenceServerClient(serve_run.http),
         grpcclient.InferenceServerClient(serve_run.grpc),

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from deployments import http_body
+from deployments.http_routes import MODEL_ROUTES, ROUTES
 from deployments.inference import EXTENSIONS
+from deployments.openapi_operations import OPERATIONS
 from deployments.tensors import encode_bytes
 
 from .serving import Server, json_input, linear
@@ -464,9 +466,12 @@ NOT_FOUND, NOT_ALLOWED = (404, "Not Found"), (405, "Method Not Allowed")
 @pytest.mark.parametrize(
     ("method", "path", "expected"),
     [
-        ("GET", "/", NOT_FOUND),
+        ("GET", "/page.js", NOT_FOUND),
+        ("GET", "/openapi.json/", NOT_FOUND),
+        ("POST", "/", NOT_ALLOWED),
+        ("OPTIONS", "/openapi.json", NOT_ALLOWED),
         ("GET", "/v2/", NOT_FOUND),
-        ("GET", "//v2", NOT_FOUND),
+        ("GET", "http://manta//v2", NOT_FOUND),
         ("GET", "/V2", NOT_FOUND),
         ("GET", "/v2/models", NOT_FOUND),
         ("GET", "/v2/models/a/b", NOT_FOUND),
@@ -516,6 +521,27 @@ def test_every_answer_has_tritons_form(server, method, path, expected):
     else:
         assert list(reply.json()) == ["error"]
         assert text in reply.json()["error"]
+
+
+def test_every_route_is_described():
+    """A route that is added says in `openapi_operations` what it takes and answers."""
+    missing = {name for _, _, name in (*ROUTES, *MODEL_ROUTES)} - set(OPERATIONS)
+    assert not missing, "describe these in openapi_operations.OPERATIONS"
+
+
+@pytest.mark.parametrize("path", ["/", "/openapi.json"])
+def test_documents_are_sent_once(server, path):
+    reply = server.ask("GET", path)
+    tag = reply.headers["etag"]
+    assert (reply.status_code, reply.headers["cache-control"]) == (200, "no-cache")
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    head = server.ask("HEAD", path)
+    assert (head.status_code, head.content, head.headers) == (200, b"", reply.headers)
+    for known in (tag, f'"other", {tag}', tag.removeprefix("W/"), "*"):
+        again = server.ask("GET", path, headers={"if-none-match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        assert "content-type" not in again.headers
+    assert server.ask("GET", path, headers={"if-none-match": '"other"'}).status_code == 200
 
 
 def test_head_is_get_without_a_body(server):
