@@ -27,6 +27,7 @@ from . import (
     http_infer,
     http_replies,
     http_repository,
+    http_send,
     log_settings,
     page,
 )
@@ -46,12 +47,12 @@ from .http_guard import OPEN, check_origin
 from .http_memory import registration
 from .http_replies import CLOSE, JSON, Field, error_body, error_reply
 from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
+from .http_send import Send
 from .inference import Inference
 from .openapi import OpenApi
 from .regions import Kind
 from .types import InferRequest
 
-Send = Callable[[Message], Awaitable[None]]
 Scope = Message
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -85,14 +86,14 @@ class HttpApp:
             await self._router(scope, receive, send)
             return
         if self.leaving:
-            send = _closing(send)
+            send = http_send.closing(send)
         if scope["method"] == "HEAD":
-            send = _without_body(send)
+            send = http_send.without_body(send)
         size = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         size += sum(len(name) + len(value) for name, value in scope["headers"])
         if size > self._settings.http_max_header_bytes:
             body = error_body(f"request headers of {size} bytes exceed the maximum allowed")
-            await _reply(send, 431, [JSON, CLOSE], body)
+            await http_send.reply(send, 431, [JSON, CLOSE], body)
         elif scope["method"] == "POST" and (match := http_infer.PATH.fullmatch(_path(scope))):
             await self._infer(match[1], match[2] or "", scope, receive, send)
         else:
@@ -110,7 +111,7 @@ class HttpApp:
             return
         except Exception as error:
             status, fields, body = error_reply(error, headers)
-        await _reply(send, status, fields, body)
+        await http_send.reply(send, status, fields, body)
 
     async def _answer(
         self, model: str, version: str, headers: Headers, scope: Scope, receive: Receive
@@ -302,12 +303,6 @@ class HttpApp:
 # --- replies -------------------------------------------------------------------------------------
 
 
-async def _reply(send: Send, status: int, fields: list[Field], body: bytes) -> None:
-    fields = [*fields, (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": body})
-
-
 def _json(document: Any) -> Response:
     return Response(http_infer.dump_json(document), media_type="application/json")
 
@@ -354,23 +349,6 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
         getattr(error, "headers", None),  # which verbs there are
         "application/json",
     )
-
-
-def _without_body(send: Send) -> Send:
-    async def send_head(message: Message) -> None:
-        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
-
-    return send_head
-
-
-def _closing(send: Send) -> Send:
-    async def send_last(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            fields = [field for field in message["headers"] if field[0] != CLOSE[0]]
-            message = {**message, "headers": [*fields, CLOSE]}
-        await send(message)
-
-    return send_last
 
 
 def _target(request: Request) -> tuple[str, str]:
