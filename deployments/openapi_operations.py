@@ -145,17 +145,17 @@ OPERATIONS: Mapping[str, Operation] = {
         "shared-memory",
         "Regions that are registered, or one of them",
         {200: json("SharedMemoryStatus")},
-        errors=(400, 404, 501),
+        errors=(400, 404, 501, 503),
     ),
     "memory_register": Operation(
         "shared-memory",
         "Register a region under a name",
         {200: EMPTY},
-        errors=(*_BODY, 404),
+        errors=(*_BODY, 404, 503),
         body=json("SharedMemoryRegisterRequest"),
     ),
     "memory_unregister": Operation(
-        "shared-memory", "Unregister one region, or all", {200: EMPTY}, errors=(400, 404, 501)
+        "shared-memory", "Unregister one region, or all", {200: EMPTY}, errors=(400, 404, 501, 503)
     ),
     "logging": Operation(
         "logging",
