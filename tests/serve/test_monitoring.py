@@ -13,6 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_every_panel_has_data(prometheus: str, http: httpclient.InferenceServerC
             ask(prometheus, text)  # an alert is silent while all is well; Prometheus takes it
             continue
         asked += 1
-        assert wait_for(lambda text=text: ask(prometheus, text), 10, who)
+        assert wait_for(partial(ask, prometheus, text), 10, who)
     assert asked >= 15
     [rate] = ask(prometheus, 'max(rate(nv_inference_request_success{model="mlp"}[1m]))')
     assert float(rate["value"][1]) > 0
