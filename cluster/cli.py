@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs import grpc_options
 from configs.server import ServerSettings
 
 from .flags import FlagError, parse, warnings
@@ -26,6 +27,11 @@ from .foreground import START_POLL_S, say, show
 from .usage import usage
 
 SERVE_ENV = Path(__file__).with_name("serve.env")
+# The same stand in serve_config.yaml.
+PROXY_SERVICES = (
+    "deployments.grpc_stubs.add_GRPCInferenceServiceServicer_to_server",
+    "deployments.grpc_stubs.add_health_to_server",
+)
 # Serve's own bookkeeping on top of the grace that Routers have.
 END_MARGIN_S = 30.0
 USAGE = """\
@@ -78,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FlagError, ValueError) as error:
         print(f"manta serve: {_first_reason(error)}\n{HINT}", file=sys.stderr)
         return 1
+    if settings.grpc_lane and settings.allow_grpc and (text := grpc_options.unheard(settings)):
+        print(f"manta serve: {text}", file=sys.stderr)
     return serve(settings)
 
 
@@ -286,11 +294,8 @@ async def _serve(settings: ServerSettings, signals: _Signals) -> int:
         http_options=HTTPOptions(host=settings.http_address, port=settings.http_port),
         grpc_options=gRPCOptions(
             port=settings.grpc_port if by_serve and settings.allow_grpc else 0,
-            grpc_servicer_functions=[
-                "deployments.grpc_stubs.add_GRPCInferenceServiceServicer_to_server"
-            ]
-            if by_serve
-            else [],
+            grpc_servicer_functions=list(PROXY_SERVICES) if by_serve else [],
+            enable_reflection=grpc_options.reflects(settings),
         ),
     )
     code = 1

@@ -35,6 +35,8 @@ class Refused:
 
 
 _OFF = ("false", "0", "off", "no")
+# What these govern: HAProxy, which has the port otherwise, knows none of them.
+_GRPC_AIO = "(only without HAProxy: --grpc-lane=false)"
 
 FLAGS: dict[str, Flag] = {
     "model-repository": Flag("model_repository", "list", "path of a model repository; repeatable"),
@@ -76,9 +78,53 @@ FLAGS: dict[str, Flag] = {
     ),
     "allow-grpc": Flag("allow_grpc", "bool", "serve gRPC"),
     "grpc-address": Flag("grpc_address", "text", "address that gRPC binds"),
+    "http-restricted-api": Flag(
+        "http_restricted_api",
+        "list",
+        "API[,API...]:HEADER=VALUE, groups of APIs that want a header; repeatable",
+    ),
     "grpc-port": Flag("grpc_port", "number", "port of gRPC"),
     "grpc-header-forward-pattern": Flag(
         "grpc_header_forward_pattern", "text", "metadata that becomes request parameters: a regex"
+    ),
+    "grpc-restricted-protocol": Flag(
+        "grpc_restricted_protocol",
+        "list",
+        "API[,API...]:KEY=VALUE, the same by metadata triton-grpc-protocol-KEY; repeatable",
+    ),
+    "grpc-infer-response-compression-level": Flag(
+        "grpc_infer_response_compression_level",
+        "text",
+        "none, low, medium or high: compress answers to clients that take it",
+    ),
+    "grpc-max-response-pool-size": Flag(
+        "grpc_max_response_pool_size", "number", "most requests of one stream in work at a time"
+    ),
+    "grpc-keepalive-time": Flag(
+        "grpc_keepalive_time_ms", "number", f"ms of silence before a ping {_GRPC_AIO}"
+    ),
+    "grpc-keepalive-timeout": Flag(
+        "grpc_keepalive_timeout_ms", "number", f"ms until a ping counts as lost {_GRPC_AIO}"
+    ),
+    "grpc-keepalive-permit-without-calls": Flag(
+        "grpc_keepalive_permit_without_calls", "bool", f"pings also without calls {_GRPC_AIO}"
+    ),
+    "grpc-http2-max-pings-without-data": Flag(
+        "grpc_http2_max_pings_without_data", "number", f"pings with no data between {_GRPC_AIO}"
+    ),
+    "grpc-http2-min-recv-ping-interval-without-data": Flag(
+        "grpc_http2_min_recv_ping_interval_without_data_ms",
+        "number",
+        f"ms that must lie between a client's pings {_GRPC_AIO}",
+    ),
+    "grpc-http2-max-ping-strikes": Flag(
+        "grpc_http2_max_ping_strikes", "number", f"pings too soon that are let pass {_GRPC_AIO}"
+    ),
+    "grpc-max-connection-age": Flag(
+        "grpc_max_connection_age_ms", "number", f"ms until clients must connect anew {_GRPC_AIO}"
+    ),
+    "grpc-max-connection-age-grace": Flag(
+        "grpc_max_connection_age_grace_ms", "number", f"ms that calls have beyond that {_GRPC_AIO}"
     ),
     "allow-metrics": Flag("allow_metrics", "bool", "serve metrics"),
     "allow-gpu-metrics": Flag("allow_gpu_metrics", "bool", "metrics of GPUs, through NVML"),
@@ -140,7 +186,6 @@ MEANINGLESS: dict[str, str] = {
     "http-thread-count": _EVENT_LOOPS,
     "grpc-infer-thread-count": _EVENT_LOOPS,
     "grpc-infer-allocation-pool-size": "requests are not kept for reuse",
-    "grpc-max-response-pool-size": "responses are not kept for reuse",
     "buffer-manager-thread-count": "inputs are joined on the thread of the instance",
     "pinned-memory-pool-byte-size": "there is no pool of pinned memory",
     "cuda-memory-pool-byte-size": _TORCHS_MEMORY,
@@ -162,7 +207,6 @@ _CERTIFICATES = "gRPC over TLS is not supported"
 _SAGEMAKER = "SageMaker's endpoints are not supported"
 _VERTEX = "Vertex AI's endpoints are not supported"
 _TRACE = "tracing is not supported"
-_KEEPALIVE = "settings of gRPC connections are not supported"
 _SHARED_PORT = "no other server may listen on the port; Routers share it by themselves"
 
 # Of tritonserver, and asking for what is not there: refused by name.
@@ -177,17 +221,6 @@ REFUSED: dict[str, Refused] = {
     "vertex-ai-default-model": Refused(_VERTEX),
     "cache-config": Refused("there is no response cache"),
     "response-cache-byte-size": Refused("there is no response cache", ("0",)),
-    "grpc-http2-max-ping-strikes": Refused(_KEEPALIVE),
-    "grpc-http2-max-pings-without-data": Refused(_KEEPALIVE),
-    "grpc-http2-min-recv-ping-interval-without-data": Refused(_KEEPALIVE),
-    "grpc-keepalive-permit-without-calls": Refused(_KEEPALIVE),
-    "grpc-keepalive-time": Refused(_KEEPALIVE),
-    "grpc-keepalive-timeout": Refused(_KEEPALIVE),
-    "grpc-max-connection-age": Refused(_KEEPALIVE),
-    "grpc-max-connection-age-grace": Refused(_KEEPALIVE),
-    "grpc-infer-response-compression-level": Refused("responses are not compressed", ("none",)),
-    "grpc-restricted-protocol": Refused("protocols cannot be restricted"),
-    "http-restricted-api": Refused("APIs cannot be restricted"),
     "grpc-use-ssl": Refused(_CERTIFICATES, _OFF),
     "grpc-use-ssl-mutual": Refused(_CERTIFICATES, _OFF),
     "grpc-server-cert": Refused(_CERTIFICATES, ("",)),

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import sys
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from . import metrics
+from . import grpc_options, metrics, restricted
 from .patterns import header_pattern
+from .restricted import RestrictedGroup
 
 MIB = 1 << 20
+INT32_MAX = 2**31 - 1
 
 # Variables that change how torch, CUDA and their thread pools behave; replicas get them, because
 # a Ray worker inherits the environment of its node and not that of the command that was typed.
@@ -62,7 +64,11 @@ def _replica_environment() -> dict[str, str]:
 
 class ServerSettings(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # there are secrets among the settings
     )
 
     id: str = Field("triton", min_length=1, description="The server's name in its metadata.")
@@ -172,6 +178,49 @@ class ServerSettings(BaseModel):
         description="Address that metrics bind; by default MANTA_METRICS_ADDRESS or loopback.",
     )
 
+    http_restricted_api: tuple[RestrictedGroup, ...] = Field(
+        (), description="Groups of APIs that HTTP clients reach with a header: API,API:KEY=VALUE."
+    )
+    grpc_restricted_protocol: tuple[RestrictedGroup, ...] = Field(
+        (),
+        description="The same for gRPC, whose metadata has the name triton-grpc-protocol-KEY.",
+    )
+    grpc_infer_response_compression_level: Literal["none", "low", "medium", "high"] = Field(
+        "none", description="How much answers over gRPC are compressed, for clients that take it."
+    )
+    grpc_max_response_pool_size: int = Field(
+        64,
+        ge=1,
+        description="Most requests of one gRPC stream in work, and so most answers that wait.",
+    )
+    grpc_keepalive_time_ms: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="Silence after which grpc.aio pings a client."
+    )
+    grpc_keepalive_timeout_ms: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="How long grpc.aio waits for the answer to a ping."
+    )
+    grpc_keepalive_permit_without_calls: bool | None = Field(
+        None, description="Whether grpc.aio also pings clients that have no call."
+    )
+    grpc_http2_max_pings_without_data: int | None = Field(
+        None, ge=0, le=INT32_MAX, description="Most pings of grpc.aio with no data between them."
+    )
+    grpc_http2_min_recv_ping_interval_without_data_ms: int | None = Field(
+        None,
+        ge=0,
+        le=INT32_MAX,
+        description="Least time between a client's pings that grpc.aio takes for no abuse.",
+    )
+    grpc_http2_max_ping_strikes: int | None = Field(
+        None, ge=0, le=INT32_MAX, description="Abusive pings before grpc.aio ends a connection."
+    )
+    grpc_max_connection_age_ms: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="Age at which grpc.aio tells a client to reconnect."
+    )
+    grpc_max_connection_age_grace_ms: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="How long calls may go on after that."
+    )
+
     gpu_fraction: float = Field(
         0.01, gt=0, le=1, description="Share of a GPU per replica without GPU_FRACTION."
     )
@@ -270,6 +319,11 @@ class ServerSettings(BaseModel):
         metrics.parse(value)
         return value
 
+    @field_validator("http_restricted_api", "grpc_restricted_protocol", mode="before")
+    @classmethod
+    def _restricted(cls, value: Any, info: ValidationInfo) -> Any:
+        return restricted.read_groups(value, info.field_name == "grpc_restricted_protocol")
+
     @model_validator(mode="after")
     def _consistent(self) -> ServerSettings:
         if self.load_model and self.model_control_mode != "explicit":
@@ -295,6 +349,8 @@ class ServerSettings(BaseModel):
                 raise ValueError(
                     "grpc_address needs listener 'router': Serve's gRPC binds all interfaces"
                 )
+            for name in grpc_options.beyond_serve(self):
+                raise ValueError(f"{name} needs listener 'router': Serve's gRPC does not take it")
         if self.http_max_input_size_bytes > self.max_body_bytes:
             raise ValueError("http_max_input_size_bytes must not be above max_body_bytes")
         edges = ("http", "grpc", "metrics")

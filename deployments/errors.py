@@ -9,6 +9,7 @@ MantaError
 ├── Internal             LoadFailed, ExecutionFailed; also malformed JSON, as Triton has it
 ├── AlreadyExists
 ├── Cancelled
+├── Restricted           a header that the operator wants is not there
 ├── MethodNotAllowed     HTTP only
 ├── ForeignOrigin        HTTP only: a page of another site asks
 └── UnknownError
@@ -33,6 +34,7 @@ class Code(Enum):
     INTERNAL = "INTERNAL"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     CANCELLED = "CANCELLED"
+    RESTRICTED = "RESTRICTED"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     FORBIDDEN = "FORBIDDEN"
     UNKNOWN = "UNKNOWN"
@@ -46,6 +48,7 @@ HTTP_STATUS: dict[Code, int] = {
     Code.INTERNAL: 500,
     Code.ALREADY_EXISTS: 400,
     Code.CANCELLED: 400,
+    Code.RESTRICTED: 403,
     Code.METHOD_NOT_ALLOWED: 405,
     Code.FORBIDDEN: 403,
     Code.UNKNOWN: 400,
@@ -59,6 +62,7 @@ GRPC_STATUS: dict[Code, str] = {  # names of grpc.StatusCode, so that this leaf 
     Code.INTERNAL: "INTERNAL",
     Code.ALREADY_EXISTS: "ALREADY_EXISTS",
     Code.CANCELLED: "CANCELLED",
+    Code.RESTRICTED: "UNAVAILABLE",
     Code.METHOD_NOT_ALLOWED: "UNIMPLEMENTED",
     Code.FORBIDDEN: "PERMISSION_DENIED",
     Code.UNKNOWN: "UNKNOWN",
@@ -176,6 +180,13 @@ class AlreadyExists(MantaError):
 
 class Cancelled(MantaError):
     code = Code.CANCELLED
+
+
+class Restricted(MantaError):
+    """Facts: the header that must come along."""
+
+    code = Code.RESTRICTED
+    text = "This API is restricted, expecting header '{0}'"
 
 
 class MethodNotAllowed(MantaError):

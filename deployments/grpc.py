@@ -1,15 +1,14 @@
 """gRPC: protobuf messages to the verbs of `inference` and back, status from our error code.
 
-Owns Triton's texts on that form. `handle` serves any carrier; `GrpcServicer`
-is for grpc.aio, `serve_proxy_method` for the Router's methods that Serve's proxy calls.
+Owns Triton's texts on that form. `handle` serves any carrier of single calls: `grpc_services`, and
+by its parts the lane and streams.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import grpc
 from google.protobuf import json_format
@@ -17,9 +16,8 @@ from google.protobuf import json_format
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import grpc_memory, log_settings, tensors
+from . import grpc_memory, grpc_wire, log_settings, tensors
 from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
-from .forwarding import forwarding
 from .grpc_stubs import service_pb2 as pb
 from .inference import Inference
 from .regions import memory_range
@@ -37,9 +35,9 @@ Handler = Callable[[Any, Inference], Awaitable[Any]]
 
 logger = logging.getLogger("manta.grpc")
 
-_SERVICE = "GRPCInferenceService"
 MAX_ERROR_BYTES = 2048  # percent-encoded, it must fit 8 KiB of trailers
 _CLOSING = "GRPC server is shutting down and has stopped accepting new requests."
+_EMPTY_FINAL = "triton_enable_empty_final_response"  # the one key of Triton's that a client may set
 # Which field of InferTensorContents holds a datatype; FP16 and BF16 have none.
 _CONTENTS: Mapping[str, str] = {
     "BOOL": "bool_contents",
@@ -50,6 +48,12 @@ _CONTENTS: Mapping[str, str] = {
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
+}
+# As what Triton calls a field in its texts.
+_KINDS: Mapping[str, str] = {
+    **{field: datatype for datatype, field in _CONTENTS.items()},
+    "int_contents": "INT32",
+    "uint_contents": "UINT32",
 }
 
 
@@ -62,7 +66,11 @@ def decode(message: Any, settings: ServerSettings) -> InferRequest:
     if max(len(message.inputs), len(message.outputs)) > limit:
         raise InvalidArgument(f"at most {limit} inputs and {limit} outputs are allowed")
     parameters = _parameters(message.parameters)
-    parameters.pop("triton_enable_empty_final_response", None)  # only streams have one
+    # An answer of one response is final as it is; only others would have an empty one after it.
+    if type(parameters.pop(_EMPTY_FINAL, False)) is not bool:
+        raise InvalidArgument(
+            f"invalid value type for '{_EMPTY_FINAL}' parameter, expected bool_param."
+        )
     inputs, lent = _inputs(message, settings)
     return InferRequest(
         model_name=message.model_name,
@@ -129,6 +137,12 @@ def _typed(entry: Any, model: str, rank: int) -> Tensor:
         raise InvalidArgument(
             f"unable to find data for input tensor '{name}' for model '{model}' in request."
         )
+    for other, _ in entry.contents.ListFields():
+        if other.name != field:
+            raise InvalidArgument(
+                f"unexpected explicit tensor data for input tensor '{name}' for model '{model}' "
+                f"of type '{_KINDS[other.name]}', expected datatype '{datatype}'"
+            )
     if len(values) != count and datatype != "BYTES":
         raise InvalidArgument(
             f"input byte size mismatch for input '{name}' for model '{model}'. Expected "
@@ -179,11 +193,12 @@ def add_parameters(message: Any, forwarded: Mapping[str, str]) -> None:
 # --- responses -----------------------------------------------------------------------------------
 
 
-def encode(response: InferResponse) -> Any:
-    """Always raw, as Triton answers."""
-    message = pb.ModelInferResponse(
-        model_name=response.model_name, model_version=response.model_version, id=response.id
-    )
+def encode(response: InferResponse, into: Any = None) -> Any:
+    """Always raw, as Triton answers; `into` is an empty message, if there is one already."""
+    grpc_wire.check_size(response, [tensor.data.nbytes for tensor in response.outputs])
+    message = pb.ModelInferResponse() if into is None else into
+    message.model_name, message.model_version = response.model_name, response.model_version
+    message.id = response.id
     for tensor in response.outputs:
         message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         message.raw_output_contents.append(bytes(tensors.to_binary(tensor)))
@@ -280,14 +295,15 @@ VERBS: Mapping[str, Handler] = {
     "LogSettings": _log_settings,
     **grpc_memory.VERBS,
 }
+# The one that is no single call; see `grpc_stream`.
+STREAM = "ModelStreamInfer"
 UNSUPPORTED: Mapping[str, str] = {
-    "ModelStreamInfer": "ModelStreamInfer is not supported",
     "TraceSetting": "trace settings are not supported",
 }
 
 
 async def handle(verb: str, request: Any, inference: Inference) -> Any:
-    """The answer to any RPC of the service. Raises nothing but MantaError."""
+    """The answer to any RPC of the service but STREAM. Raises nothing but MantaError."""
     if (text := UNSUPPORTED.get(verb)) is not None:
         raise Unsupported(text)
     try:
@@ -305,50 +321,3 @@ def status(error: MantaError) -> tuple[grpc.StatusCode, str]:
     logger.debug("answered with %s: %s", error.code.value, text)
     short = text.encode(errors="replace")[:MAX_ERROR_BYTES].decode(errors="ignore")
     return grpc.StatusCode[GRPC_STATUS[error.code]], short
-
-
-class GrpcServicer:
-    """For grpc.aio: has one method per RPC of the service, made from the two tables above."""
-
-    def __init__(self, inference: Inference) -> None:
-        self.inference = inference
-        self._forwarding = forwarding(inference.settings.grpc_header_forward_pattern)
-        for verb in (*VERBS, *UNSUPPORTED):
-            setattr(self, verb, partial(self._serve, verb))
-
-    async def _serve(self, verb: str, request: Any, context: Any) -> Any:
-        try:
-            self.forward(verb, request, context)
-            return await handle(verb, request, self.inference)
-        except MantaError as error:
-            await context.abort(*status(error))
-
-    def forward(self, verb: str, request: Any, context: Any) -> None:
-        """Makes parameters of the call's metadata, where the server is told to."""
-        if self._forwarding is not None and verb == "ModelInfer":
-            add_parameters(request, self._forwarding.of_grpc(context.invocation_metadata() or ()))
-
-
-class Ingress(Protocol):
-    """What a class needs whose methods Serve's gRPC proxy calls."""
-
-    grpc_verbs: GrpcServicer
-
-
-def serve_proxy_method(verb: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """A method of the ingress class for Serve's proxy, which passes its own kind of context."""
-    reply = pb.DESCRIPTOR.services_by_name[_SERVICE].methods_by_name[verb].output_type.name
-
-    async def method(ingress: Ingress, request: Any, grpc_context: Any) -> Any:
-        try:
-            ingress.grpc_verbs.forward(verb, request, grpc_context)
-            return await handle(verb, request, ingress.grpc_verbs.inference)
-        except MantaError as error:
-            # Raised, the proxy and the replica would each log it as a failure of the server.
-            code, text = status(error)
-            grpc_context.set_code(code)
-            grpc_context.set_details(text)
-            return getattr(pb, reply)()
-
-    method.__name__ = method.__qualname__ = verb
-    return method

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httptools
 from google.protobuf.message import DecodeError
 
+from configs import grpc_options
 from configs.server import ServerSettings
 
 from . import grpc, grpc_replies, grpc_wire
@@ -23,10 +25,12 @@ from .directory import Served
 from .errors import Internal, InvalidArgument, MantaError
 from .forwarding import forwarding
 from .grpc_stubs import service_pb2 as pb
-from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused
+from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused, Terms
 from .inference import Inference, told
 from .plans import Plan, Recent, plan_of
+from .restricted import METADATA_PREFIX, Guards
 from .types import InferRequest
+from .unread import Unread
 
 logger = logging.getLogger("manta.grpc")
 
@@ -37,6 +41,8 @@ MAX_HEAD_BYTES = 4096
 # A rest of a call that is answered already may take this long to come.
 LINGER_S = 5.0
 DRAIN_POLL_S = 0.02
+# Up to here an answer is compressed at once; a larger one by a thread.
+PACKED_AT_ONCE_BYTES = 1 << 16
 
 _END = b"\r\n\r\n"
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -53,8 +59,12 @@ class Lane:
         self.inference = inference
         self.settings = settings
         self.limit = min(settings.max_body_bytes, MAX_MESSAGE_BYTES)
+        self.terms = Terms(
+            grpc_options.level(settings),
+            Guards(settings.grpc_restricted_protocol, METADATA_PREFIX).of("ModelInfer"),
+            forwarding(settings.grpc_header_forward_pattern),
+        )
         self.heads: Recent[bytes, Head] = Recent(MAX_HEADS)
-        self.forwarding = forwarding(settings.grpc_header_forward_pattern)
         self.connections: set[Connection] = set()
         self._server: asyncio.AbstractServer | None = None
 
@@ -122,12 +132,14 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        self._unread = Unread(transport)
         self._lane.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Also how HAProxy says that the client has cancelled: nobody waits for the answer."""
         self._lane.connections.discard(self)
         self._withdraw()
+        self._unread.rest()
         self._open = self._reading = False
         self._over()
 
@@ -166,6 +178,12 @@ class Connection(asyncio.Protocol):
         if self._open:
             self._watch_deadline(head)
         return True
+
+    def pause_writing(self) -> None:
+        self._unread.watch()
+
+    def resume_writing(self) -> None:
+        self._unread.rest()
 
     # --- calls that come in pieces ---------------------------------------------------------------
 
@@ -207,7 +225,7 @@ class Connection(asyncio.Protocol):
         self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._head = grpc_wire.read_head(self._url, PATH, self._fields, self._lane.forwarding)
+        self._head = grpc_wire.read_head(self._url, PATH, self._fields, self._lane.terms)
         if self._head_bytes:
             self._lane.heads.put(self._head_bytes, self._head)
         if self._head.error is not None:
@@ -301,6 +319,9 @@ class Connection(asyncio.Protocol):
         """What takes its time; it ends with the call."""
         try:
             reply = grpc_replies.whole(await self._lane.inference.infer(request))
+            if packing := self._head.packing:
+                pack = partial(grpc_wire.packed, reply, packing)
+                reply = await self._loop.run_in_executor(None, pack)
         except Exception as error:
             self._fail(error)
         else:
@@ -322,7 +343,28 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             self._fail(error)
         else:
-            self._write(reply)
+            if self._head.packing:
+                self._pack(reply)
+            else:
+                self._write(reply)
+
+    def _pack(self, reply: bytes) -> None:
+        """Writes it compressed. A thread does that to a large one; meanwhile the call may be over,
+        and another one have begun."""
+        entry = self._entry
+
+        def done(future: asyncio.Future[bytes]) -> None:
+            if self._open and self._entry is entry:
+                try:
+                    self._write(future.result())
+                except Exception as error:
+                    self._fail(error)
+
+        pack = partial(grpc_wire.packed, reply, self._head.packing)
+        if len(reply) <= PACKED_AT_ONCE_BYTES:
+            self._write(pack())
+        else:
+            self._loop.run_in_executor(None, pack).add_done_callback(done)
 
     # --- deadlines -------------------------------------------------------------------------------
 

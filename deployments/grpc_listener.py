@@ -13,15 +13,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from configs import grpc_options
 from configs.server import ServerSettings
 
 from .grpc_lane import PATH, Lane
+from .grpc_services import STREAM_PATH, Gatekeeper, guards
 from .haproxy import LANE, ORDINARY, Front, Haproxy, HaproxyFailed, find_binary
 from .inference import Inference
 from .ports import PortClaim, private_folder
@@ -29,6 +31,10 @@ from .ports import PortClaim, private_folder
 logger = logging.getLogger("ray.serve")
 
 MAX_MESSAGE_BYTES = 2**31 - 1
+# HAProxy stops reading a connection while one stream on it has no room to go on, and with that the
+# word that there is room the other way: two directions of a stream could wait for each other. So
+# what clients send has room here, more than a connection may hold that HAProxy has not read yet.
+BEHIND_HAPROXY = {"grpc.http2.lookahead_bytes": 128 << 20, "grpc.http2.bdp_probe": 0}
 # HAProxy's clients get this long to learn that they must go, and at the end to read their answers.
 LEAVE_S = 0.5
 LAST_S = 1.0
@@ -77,7 +83,7 @@ class GrpcListener:
         binary = find_binary()
         self._folder = Folder()
         path = self._folder.path
-        await self._serve(f"unix:{path / ORDINARY}")
+        await self._serve(f"unix:{path / ORDINARY}", BEHIND_HAPROXY)
         await lane.open(path / LANE)
         settings = self._settings
         front = Front(
@@ -85,6 +91,7 @@ class GrpcListener:
             port=self._claim.port,
             folder=path,
             path=PATH,
+            stream_path=STREAM_PATH,
             read_s=settings.http_read_timeout_s,
             answer_s=max(
                 settings.max_queue_s + settings.max_execution_s, settings.model_load_timeout_s
@@ -93,23 +100,32 @@ class GrpcListener:
         )
         self._haproxy = Haproxy(front, binary, self._lost)
         await self._haproxy.start()
+        if text := grpc_options.unheard(settings):
+            logger.warning(text)
 
     async def _take_port(self) -> None:
         claim = self._claim
         host = f"[{claim.address}]" if ":" in claim.address else claim.address
-        await self._serve(f"{host}:{claim.port}")
+        await self._serve(f"{host}:{claim.port}", grpc_options.arguments(self._settings))
 
-    async def _serve(self, address: str) -> None:
-        """grpc.aio cannot be given another address once it runs: each address has its own."""
+    async def _serve(self, address: str, wanted: Mapping[str, int]) -> None:
+        """grpc.aio cannot be given another address once it runs: each address has its own.
+
+        `wanted` are channel arguments for clients that connect here themselves.
+        """
+        settings = self._settings
+        arguments = {
+            "grpc.max_receive_message_length": min(settings.max_body_bytes, MAX_MESSAGE_BYTES),
+            "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
+            "grpc.so_reuseport": 1,
+            **wanted,
+        }
+        if level := grpc_options.level(settings):
+            arguments["grpc.default_compression_level"] = level
+        restricted = guards(settings)
         server = grpc.aio.server(
-            options=[
-                (
-                    "grpc.max_receive_message_length",
-                    min(self._settings.max_body_bytes, MAX_MESSAGE_BYTES),
-                ),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 1),
-            ]
+            options=list(arguments.items()),
+            interceptors=[Gatekeeper(restricted)] if restricted else None,
         )
         self._add_servicer(server)
         server.add_insecure_port(address)

@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, Restricted
 from .forwarding import Forwarding
 from .grpc_stubs import service_pb2 as pb
 from .plans import MAX_KEY_BYTES
+from .restricted import Guard
 from .types import InferResponse
 
 MAX_METADATA_BYTES = 16384  # grpc's own limit
@@ -22,13 +23,15 @@ MAX_MESSAGE_BYTES = 2**31 - 1
 PREFIX_BYTES = 5  # the compressed flag, and the length as four bytes
 
 _INVALID_ARGUMENT, _DEADLINE_EXCEEDED, _RESOURCE_EXHAUSTED = 3, 4, 8
-_UNIMPLEMENTED, _INTERNAL = 12, 13
+_UNIMPLEMENTED, _INTERNAL, _UNAVAILABLE = 12, 13, 14
 _TIMEOUT = re.compile(rb"([0-9]{1,18})([HMSmun])")
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _LONGEST_S = 1e8
 _IDENTITY = b"identity"
 _BLOCK_BYTES = 1024  # so much above a limit grpc unpacks, and then names another reason
-_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}  # in gRPC's order, the least compression first
+# An answer is looked at closely only where its outputs alone come this near to the limit.
+_SLACK_BYTES = 1 << 20
 # ModelInferRequest's fields, each with its wire type: all that the protocol knows are bytes.
 _NAME, _VERSION, _ID, _RAW = 0x0A, 0x12, 0x1A, 0x3A
 _DESCRIPTION = frozenset((0x22, 0x2A, 0x32))  # parameters, inputs, outputs
@@ -61,22 +64,33 @@ def incomplete() -> Refused:
 # --- metadata ------------------------------------------------------------------------------------
 
 
+class Terms(NamedTuple):
+    """What the server has settled for every call: the level of compression of its answers, as gRPC
+    counts them, who may call, and which metadata become parameters."""
+
+    level: int = 0
+    guard: Guard | None = None
+    forwarding: Forwarding | None = None
+
+
+_NO_TERMS = Terms()
+
+
 class Head(NamedTuple):
     """What the fields of a call say. `length` is None for a body in chunks; `error` is for calls
-    that no message can mend; `forwarded` are parameters, where the server has a pattern."""
+    that no message can mend; `forwarded` are parameters, where the server has a pattern; `packing`
+    is how the answer is to be compressed, if at all."""
 
     timeout_s: float | None
     encoding: bytes
     length: int | None = None
     error: Refused | None = None
     forwarded: Mapping[str, str] | None = None
+    packing: bytes = b""
 
 
 def read_head(
-    path: bytes,
-    wanted: str,
-    fields: Sequence[tuple[bytes, bytes]],
-    headers: Forwarding | None = None,
+    path: bytes, wanted: str, fields: Sequence[tuple[bytes, bytes]], terms: Terms = _NO_TERMS
 ) -> Head:
     """Of a call to `path`; names are lower case, as HAProxy writes them."""
     named = dict(fields)
@@ -95,13 +109,31 @@ def read_head(
         error = Refused(_INTERNAL, "Error parsing 'grpc-timeout' metadata")
     elif timeout_s == 0:
         error = expired()
+    elif terms.guard is not None:
+        error = _restricted(terms.guard, named)
     forwarded = None
-    if headers is not None and error is None:
+    if terms.forwarding is not None and error is None:
         try:
-            forwarded = headers.of_grpc(fields) or None
+            forwarded = terms.forwarding.of_grpc(fields) or None
         except InvalidArgument as reserved:
             error = Refused(_INVALID_ARGUMENT, str(reserved))
-    return Head(timeout_s, encoding, length, error, forwarded)
+    packing = _packing(named.get(b"grpc-accept-encoding", b""), terms.level)
+    return Head(timeout_s, encoding, length, error, forwarded, packing)
+
+
+def _restricted(guard: Guard, named: Mapping[bytes, bytes]) -> Refused | None:
+    try:
+        guard.check(named)
+    except Restricted as error:
+        return Refused(_UNAVAILABLE, str(error))
+    return None
+
+
+def _packing(accepted: bytes, level: int) -> bytes:
+    """The encoding that gRPC chooses for a level, among those that the client takes."""
+    taken = {name.strip() for name in accepted.split(b",")} if level else ()
+    ranked = [name for name in _WINDOW_BITS if name in taken]
+    return ranked[(0, 0, len(ranked) // 2, -1)[level]] if ranked else b""
 
 
 def read_timeout(value: bytes) -> float | None:
@@ -245,7 +277,7 @@ def opening(response: InferResponse, sizes: Sequence[int]) -> Opening:
 def answer(opened: Opening, call: bytes, raw: Sequence[Any]) -> bytes:
     """The bytes of a good answer to the call with that id."""
     if call:
-        field = b"\x1a" + _to_varint(len(call)) + call
+        field = _id_field(call)
         pieces: list[Any] = [
             _framed(opened.size + len(field)),
             opened.before,
@@ -260,11 +292,33 @@ def answer(opened: Opening, call: bytes, raw: Sequence[Any]) -> bytes:
     return b"".join(pieces)
 
 
+def packed(reply: bytes, encoding: bytes) -> bytes:
+    """A good answer with its message compressed, or as it is where that makes it no smaller."""
+    start = reply.index(b"\r\n", len(_CHUNKED)) + 2 + PREFIX_BYTES
+    message = memoryview(reply)[start : len(reply) - len(_TRAILERS)]
+    packer = zlib.compressobj(wbits=_WINDOW_BITS[encoding])
+    body = packer.compress(message) + packer.flush()
+    flag = 1
+    if len(body) >= len(message):
+        flag, body = 0, bytes(message)
+    head = b"%bgrpc-encoding: %b\r\n\r\n" % (_CHUNKED[:-2], encoding)
+    frame = b"%x\r\n%c%b" % (len(body) + PREFIX_BYTES, flag, len(body).to_bytes(4, "big"))
+    return b"".join((head, frame, body, _TRAILERS))
+
+
+def check_size(response: InferResponse, sizes: Sequence[int]) -> None:
+    """Raises InvalidArgument when an answer whose outputs have these sizes is too large to send."""
+    if sum(sizes) > MAX_MESSAGE_BYTES - _SLACK_BYTES:
+        _framed(opening(response, sizes).size + len(_id_field(response.id.encode())))
+
+
 def _framed(size: int) -> bytes:
-    """The head of an answer up to its message, which is one chunk."""
+    """The head of an answer up to its message, which is one chunk. Raises InvalidArgument."""
     if size > MAX_MESSAGE_BYTES:
-        text = f"Sent message larger than max ({size} vs. {MAX_MESSAGE_BYTES})"
-        raise Refused(_RESOURCE_EXHAUSTED, text)
+        raise InvalidArgument(
+            f"Response has byte size {size} which exceeds gRPC's byte size limit "
+            f"{MAX_MESSAGE_BYTES}."
+        )
     return b"%b%x\r\n\0%b" % (_CHUNKED, size + PREFIX_BYTES, size.to_bytes(4, "big"))
 
 
@@ -288,6 +342,10 @@ def _percent_encoded(text: str) -> bytes:
         for byte in inner
     )
     return b"%20" * lead + coded + b"%20" * (len(raw) - lead - len(inner))
+
+
+def _id_field(call: bytes) -> bytes:
+    return b"\x1a" + _to_varint(len(call)) + call if call else b""
 
 
 def _to_varint(value: int) -> bytes:

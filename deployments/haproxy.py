@@ -31,9 +31,11 @@ AGAIN_S = 0.2
 RESTARTS = 5
 RESTARTS_S = 60.0
 MAX_DESCRIPTORS = 65536
-# Between calls, and for a client that neither sends nor reads what it began.
+# Between calls, for a client that acknowledges nothing, and for one that has a stream open.
 IDLE_S = 3600
 SILENT_S = 600
+STREAM_S = 7 * 24 * 3600
+PROBE_S = 60
 LANE, ORDINARY, PROBE = "lane.sock", "grpc.sock", "probe.sock"
 MAX_SOCKET_PATH = 107
 
@@ -68,19 +70,28 @@ defaults
     timeout connect 5s
     timeout http-request {read_ms}ms
     timeout http-keep-alive {idle_s}s
-    timeout client {silent_s}s
+    timeout client {stream_s}s
     timeout client-fin 1s
     timeout server {answer_s}s
     timeout queue {answer_s}s
     http-reuse always
     option abortonclose
     option clitcpka
+    clitcpka-idle {probe_s}s
+    clitcpka-intvl {probe_s}s
     option http-no-delay
 
 frontend public
-    bind {address}:{port} proto h2
+    bind {address}:{port} proto h2 tcp-ut {silent_s}s
     use_backend lane if {{ path {path} }} {{ method POST }}
+    use_backend streams if {{ path {stream_path} }}
+    use_backend streams if {{ path_beg /grpc.reflection. }}
     default_backend ordinary
+
+# A stream whose client does not read fills its connection, and stops whoever shares it.
+backend streams
+    timeout server {stream_s}s
+    server grpc unix@{folder}/grpc.sock proto h2 max-reuse 0 maxconn {streams}
 
 frontend probe
     bind unix@{folder}/probe.sock
@@ -90,7 +101,9 @@ backend lane
     http-response del-header content-length
     server lane unix@{folder}/lane.sock maxconn {calls}
 
+# For all but streams there is a time in which they have to come.
 backend ordinary
+    http-request wait-for-body time {read_ms}ms
     server grpc unix@{folder}/grpc.sock proto h2
 """
 
@@ -101,12 +114,14 @@ class HaproxyFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """What HAProxy is told. `path` goes to the lane; both sockets are in `folder`."""
+    """What HAProxy is told. `path` goes to the lane, streams are at `stream_path`; both sockets are
+    in `folder`."""
 
     address: str
     port: int
     folder: Path
     path: str
+    stream_path: str
     read_s: float
     answer_s: float
     grace_s: float
@@ -118,8 +133,9 @@ class Front:
             raise ValueError(f"HAProxy's folder has an unusual name: {folder!r}")
         if len(folder) + 1 + len(PROBE) > MAX_SOCKET_PATH:
             raise ValueError(f"HAProxy's folder has too long a name: {folder!r}")
-        if not re.fullmatch(r"/[\w./]+", self.path, re.ASCII):
-            raise ValueError(f"no path for the lane: {self.path!r}")
+        for path in (self.path, self.stream_path):
+            if not re.fullmatch(r"/[\w./]+", path, re.ASCII):
+                raise ValueError(f"no path of a call: {path!r}")
         address = ipaddress.ip_address(self.address)
         descriptors = min(MAX_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         return _TEMPLATE.format(
@@ -127,12 +143,16 @@ class Front:
             port=int(self.port),
             folder=folder,
             path=self.path,
+            stream_path=self.stream_path,
             descriptors=descriptors,
             clients=max(64, descriptors // 4),
             calls=max(64, descriptors // 2 - 64),
+            streams=max(64, descriptors // 4 - 128),
             read_ms=max(1, int(self.read_s * 1000)),
             idle_s=IDLE_S,
             silent_s=SILENT_S,
+            stream_s=STREAM_S,
+            probe_s=PROBE_S,
             answer_s=IDLE_S + int(self.answer_s),
             grace_s=max(1, int(self.grace_s)),
         )

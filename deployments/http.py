@@ -51,6 +51,7 @@ from .http_send import Send
 from .inference import Inference
 from .openapi import OpenApi
 from .regions import Kind
+from .restricted import Guard, Guards
 from .types import InferRequest
 
 Scope = Message
@@ -72,6 +73,8 @@ class HttpApp:
         self.leaving = False
         self._page = page.read()
         self._openapi = OpenApi(inference)
+        self._guards = Guards(settings.http_restricted_api)
+        self._infer_guard = self._guards.of("infer")
         self._router = Starlette(
             routes=list(self._routes()), exception_handlers={HTTPException: _on_http_exception}
         )
@@ -116,6 +119,8 @@ class HttpApp:
     async def _answer(
         self, model: str, version: str, headers: Headers, scope: Scope, receive: Receive
     ) -> tuple[list[Field], bytes]:
+        if self._infer_guard is not None:
+            self._infer_guard.check(headers)
         config = self.inference.find(model, version).config  # a 404 comes before the body
         announced = headers.get(b"inference-header-content-length")
         body = await self._body(headers, receive, announced)
@@ -177,6 +182,7 @@ class HttpApp:
             for method, path, name in MODEL_ROUTES
             for model in MODEL
         ]
+        # What is refused in any case needs no guard but that against other sites' pages.
         table += [
             (methods, path, self._from_own_pages(_refusal(text)))
             for methods, path, text in UNSUPPORTED
@@ -188,6 +194,9 @@ class HttpApp:
 
     def _endpoint(self, name: str) -> Endpoint:
         endpoint: Endpoint = getattr(self, name)
+        guard = self._guards.of(name)
+        if guard is not None:
+            endpoint = _guarded(endpoint, guard)
         return endpoint if name in OPEN else self._from_own_pages(endpoint)
 
     def _from_own_pages(self, endpoint: Endpoint) -> Endpoint:
@@ -330,6 +339,14 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             return _response(*error_reply(error, dict(request.scope["headers"])))
 
     return answer
+
+
+def _guarded(endpoint: Endpoint, guard: Guard) -> Endpoint:
+    async def check(request: Request) -> Response:
+        guard.check(dict(request.scope["headers"]))
+        return await endpoint(request)
+
+    return check
 
 
 def _refusal(text: str) -> Endpoint:

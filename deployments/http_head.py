@@ -19,6 +19,7 @@ from .errors import MantaError
 from .forwarding import Forwarding, forwarding
 from .http_replies import Field
 from .plans import Recent
+from .restricted import Guard, Guards
 
 START = b"POST /v2/models/"
 END = b"\r\n\r\n"
@@ -82,8 +83,16 @@ class _Reader:
         self._body = True
 
 
-def read_head(data: bytes, settings: ServerSettings, headers: Forwarding | None = None) -> Head:
-    """NOT_OURS unless the lane can carry the call: with all of its limits kept, but for time."""
+def read_head(
+    data: bytes,
+    settings: ServerSettings,
+    headers: Forwarding | None = None,
+    guard: Guard | None = None,
+) -> Head:
+    """NOT_OURS unless the lane can carry the call: with all of its limits kept, but for time.
+
+    `guard`: infer calls are restricted, and who is refused hears so on the ordinary road.
+    """
     reader = _Reader()
     if not reader.feed(data) or reader.facts is None:
         return NOT_OURS
@@ -104,6 +113,8 @@ def read_head(data: bytes, settings: ServerSettings, headers: Forwarding | None 
         return NOT_OURS
     announced = fields.get(b"inference-header-content-length")
     try:
+        if guard is not None:
+            guard.check(fields)
         http_body.check_length(fields, http_body.body_limit(announced, settings))
         body_bytes = int(fields[b"content-length"])
         json_bytes = http_infer.header_length(announced, body_bytes)
@@ -122,6 +133,7 @@ class Heads:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._forwarding = forwarding(settings.http_header_forward_pattern)
+        self._guard = Guards(settings.http_restricted_api).of("infer")
         self._known: Recent[bytes, Head] = Recent(MAX_HEADS)
 
     def __len__(self) -> int:
@@ -138,7 +150,7 @@ class Heads:
         key = data[:end]
         head = self._known.get(key)
         if head is None:
-            head = read_head(key, self._settings, self._forwarding)
+            head = read_head(key, self._settings, self._forwarding, self._guard)
             if end <= MAX_HEAD_BYTES:
                 self._known.put(key, head)
         return head, end

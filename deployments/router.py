@@ -23,7 +23,6 @@ from configs import metrics
 from configs.model import ModelConfig
 from configs.server import ServerSettings
 
-from . import grpc_stubs
 from .batcher import Batcher, Collect, serve_collect
 from .census import Census, census
 from .client import Origin, Reach
@@ -31,7 +30,7 @@ from .directory import Directory
 from .errors import Internal, MantaError, NoActiveInstance, Unavailable
 from .gate import Gate
 from .gauges import Gauges, sources
-from .grpc import VERBS, GrpcServicer, serve_proxy_method
+from .grpc_services import PROXY_METHODS, GrpcServicer, add_services
 from .http import HttpApp
 from .http_metrics import MetricsApp
 from .inference import Inference
@@ -124,9 +123,7 @@ class Router:
             owner,
             self._http,
             MetricsApp(self._metrics),
-            lambda server: grpc_stubs.add_GRPCInferenceServiceServicer_to_server(
-                self.grpc_verbs, server
-            ),
+            partial(add_services, self.grpc_verbs),
         )
 
     def __serve_build_asgi_app__(self) -> HttpApp:
@@ -344,6 +341,7 @@ class Router:
         """Answer what was accepted and leave the ports; Serve knows nothing of the traffic."""
         self._http.leave()
         self._inference.leave()
+        self.grpc_verbs.leave()
         await self._listener.drain()
         for line in self._lines.values():
             await line.gate.drain()
@@ -365,5 +363,5 @@ async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
     return await ask()
 
 
-for _verb in VERBS:
-    setattr(Router, _verb, serve_proxy_method(_verb))
+for _verb, _method in PROXY_METHODS.items():
+    setattr(Router, _verb, _method)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster import cli
 from cluster.cli import main, read_settings
@@ -186,6 +187,53 @@ def test_settings_from_the_command_line(tmp_path: Path) -> None:
     assert settings.load_model == ("a", "b")
     assert settings.http_port == 9000
     assert settings.exit_on_error and settings.strict_readiness
+
+
+def test_restricted_groups_and_ports_options(tmp_path: Path) -> None:
+    settings = read_settings(
+        [
+            f"--model-repository={tmp_path}",
+            "--http-restricted-api=health,metadata:k=a=b",
+            "--http-restricted-api",
+            "inference:j=w",
+            "--grpc-restricted-protocol=trace:k=v",
+            "--grpc-keepalive-time=1000",
+            "--grpc-keepalive-permit-without-calls",
+            "0",
+            "--grpc-infer-response-compression-level=high",
+            "--grpc-max-response-pool-size=8",
+        ]
+    )
+    one, two = settings.http_restricted_api
+    assert (one.apis, one.key, two.apis) == (("health", "metadata"), "k", ("inference",))
+    assert one.value.get_secret_value() == "a=b"
+    assert settings.grpc_restricted_protocol[0].apis == ("trace",)
+    assert settings.grpc_keepalive_time_ms == 1000
+    assert settings.grpc_keepalive_permit_without_calls is False
+    assert settings.grpc_infer_response_compression_level == "high"
+    assert settings.grpc_max_response_pool_size == 8
+
+
+def test_what_haproxy_does_not_take_is_warned_of(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "serve", lambda settings: 0)
+    words = ["serve", f"--model-repository={tmp_path}", "--grpc-max-connection-age=5000"]
+    assert main(words) == 0
+    assert "grpc_max_connection_age_ms: HAProxy has the gRPC port" in capsys.readouterr().err
+    assert main([*words, "--grpc-lane=false"]) == 0
+    assert "HAProxy" not in capsys.readouterr().err
+
+
+def test_a_wrong_group_is_told_without_its_value(tmp_path: Path, capsys) -> None:
+    for group in ("nonsense:k=s3cr3t", "health:s3cr3t", "trace:s3 cr3t=v", "trace:k=s3cr3té"):
+        words = ["serve", f"--model-repository={tmp_path}", f"--http-restricted-api={group}"]
+        assert main(words) == 1
+        told = capsys.readouterr()
+        assert "http_restricted_api" in told.err and "cr3t" not in told.err + told.out
+
+
+def test_serve_config_and_command_offer_the_same_services() -> None:
+    config = yaml.safe_load((Path(cli.__file__).parents[1] / "serve_config.yaml").read_text())
+    assert tuple(config["grpc_options"]["grpc_servicer_functions"]) == cli.PROXY_SERVICES
 
 
 @pytest.mark.parametrize(

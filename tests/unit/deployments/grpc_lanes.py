@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from functools import partial
 
 import grpc
 import pytest
 
-from deployments.grpc import GrpcServicer
 from deployments.grpc_lane import PATH
 from deployments.grpc_listener import GrpcListener
-from deployments.grpc_stubs import add_GRPCInferenceServiceServicer_to_server
+from deployments.grpc_services import GrpcServicer, add_services
 from deployments.haproxy import HaproxyFailed, find_binary
 from deployments.ports import PortClaim
 
@@ -47,17 +47,14 @@ class Twins(LaneServer):
         self.port = port  # the lane's
 
     async def __aenter__(self):
-        servicer = GrpcServicer(self.inference)
+        self.servicer = GrpcServicer(self.inference)
         self.edges: dict[str, GrpcListener] = {}
         self.ports, self.channels = {}, {}
         for road in ROADS:
             claim = PortClaim("127.0.0.1", self.port if road == "lane" else 0, "test")
             settings = self.settings.model_copy(update={"grpc_lane": road == "lane"})
             self.edges[road] = listener = GrpcListener(
-                claim,
-                lambda server: add_GRPCInferenceServiceServicer_to_server(servicer, server),
-                settings,
-                self.inference,
+                claim, partial(add_services, self.servicer), settings, self.inference
             )
             self.ports[road] = claim.port
             await listener.start()

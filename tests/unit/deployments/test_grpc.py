@@ -12,12 +12,9 @@ import tritonclient.grpc.aio as client
 from tritonclient.utils import InferenceServerException
 
 from deployments.errors import InvalidArgument
-from deployments.grpc import UNSUPPORTED, VERBS, GrpcServicer, handle, serve_proxy_method
-from deployments.grpc_stubs import (
-    add_GRPCInferenceServiceServicer_to_server,
-    model_config_pb2,
-    service_pb2_grpc,
-)
+from deployments.grpc import STREAM, UNSUPPORTED, VERBS, handle
+from deployments.grpc_services import GrpcServicer, add_services, serve_proxy_method
+from deployments.grpc_stubs import model_config_pb2, service_pb2_grpc
 from deployments.grpc_stubs import service_pb2 as pb
 from deployments.tensors import encode_bytes
 
@@ -32,7 +29,7 @@ def over_grpc(use, server=None):
 
     async def run():
         listener = grpc.aio.server()
-        add_GRPCInferenceServiceServicer_to_server(GrpcServicer(server.inference), listener)
+        add_services(GrpcServicer(server.inference), listener)
         address = f"127.0.0.1:{listener.add_insecure_port('127.0.0.1:0')}"
         await listener.start()
         try:
@@ -164,17 +161,13 @@ def test_an_expired_deadline_takes_its_request_along():
 
 
 def test_what_is_not_done_here_is_refused_by_name():
-    assert {*VERBS, *UNSUPPORTED} == {
+    assert {STREAM, *VERBS, *UNSUPPORTED} == {
         method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
     }
 
     async def use(server, triton, stub):
         for verb, text in UNSUPPORTED.items():
-            if verb == "ModelStreamInfer":
-                call = stub.ModelStreamInfer(iter([good()]))
-                wait = call.read()
-            else:
-                wait = getattr(stub, verb)(getattr(pb, f"{verb}Request")())
+            wait = getattr(stub, verb)(getattr(pb, f"{verb}Request")())
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await wait
             assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -275,6 +268,39 @@ ABUSE = [
         "INVALID_ARGUMENT",
         "expected 2 string elements",
     ),
+    (
+        request(entry(contents=typed(fp32_contents=[1.0] * 4, int_contents=[1]))),
+        "INVALID_ARGUMENT",
+        "unexpected explicit tensor data for input tensor 'INPUT__0' for model 'linear' of type "
+        "'INT32', expected datatype 'FP32'",
+    ),
+    (
+        request(entry("X", "BF16", (1, 1), contents=typed(fp32_contents=[1.0])), model="echo_BF16"),
+        "INVALID_ARGUMENT",
+        "unable to find data for input tensor 'X'",
+    ),
+    (
+        request(
+            entry("X", "UINT8", (1, 1), contents=typed(uint_contents=[256])), model="echo_UINT8"
+        ),
+        "INVALID_ARGUMENT",
+        "out of range for UINT8",
+    ),
+    (
+        request(entry(contents=typed()), raw=[RAW]),
+        "INVALID_ARGUMENT",
+        "contents field must not be specified when using raw_input_contents for 'INPUT__0'",
+    ),
+    (
+        request(
+            entry("INPUT0", "INT32"),
+            entry("INPUT1", "INT32", contents=typed(int_contents=[1] * 4)),
+            raw=[RAW],
+            model="add_sub",
+        ),
+        "INVALID_ARGUMENT",
+        "contents field must not be specified when using raw_input_contents for 'INPUT1'",
+    ),
     (request(entry(), raw=[RAW[:-1]]), "INVALID_ARGUMENT", "Expected 16, got 15"),
     (request(entry(shape=(-1, 4)), raw=[RAW]), "INVALID_ARGUMENT", "negative dimension"),
     (request(entry(shape=(2**4, 2**60 + 2)), raw=[RAW]), "INVALID_ARGUMENT", "exceed maximum size"),
@@ -319,6 +345,15 @@ ABUSE = [
         "reserved for Triton usage",
     ),
     (request(entry(), raw=[RAW], parameters={"x": parameter()}), "INVALID_ARGUMENT", "no value"),
+    (
+        request(
+            entry(),
+            raw=[RAW],
+            parameters={"triton_enable_empty_final_response": parameter(string_param="true")},
+        ),
+        "INVALID_ARGUMENT",
+        "invalid value type for 'triton_enable_empty_final_response' parameter",
+    ),
     (
         request(entry(), raw=[RAW], parameters={"priority": parameter(uint64_param=1)}),
         "UNIMPLEMENTED",

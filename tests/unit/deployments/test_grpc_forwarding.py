@@ -11,8 +11,8 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from deployments.forwarding import forwarding
-from deployments.grpc import GrpcServicer
-from deployments.grpc_wire import read_head
+from deployments.grpc_services import GrpcServicer
+from deployments.grpc_wire import Terms, read_head
 
 from .grpc_lanes import ROADS, needs_haproxy, run
 from .serving import Server
@@ -85,10 +85,10 @@ def test_a_head_says_what_is_forwarded():
     fields = [(b"x-tenant", b"a"), (b"content-type", b"application/grpc"), (b"other", b"b")]
     path = (b"/p", "/p")
     assert read_head(*path, fields).forwarded is None
-    rules = forwarding("x-")
+    rules = Terms(forwarding=forwarding("x-"))
     assert read_head(*path, fields, rules).forwarded == {"x-tenant": "a"}
     assert read_head(*path, fields[1:], rules).forwarded is None
-    refused = read_head(*path, [(b"priority", b"1")], forwarding("priority"))
+    refused = read_head(*path, [(b"priority", b"1")], Terms(forwarding=forwarding("priority")))
     assert refused.error is not None and refused.error.args[0] == 3
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from deployments.grpc_lane import PATH
 from deployments.grpc_listener import Folder, GrpcListener
+from deployments.grpc_services import STREAM_PATH
 from deployments.ports import PortClaim
 
 from .grpc_lanes import Twins, needs_haproxy, run
@@ -132,6 +133,30 @@ def _shared_port():
     port = claim.port
     claim.close()
     return port
+
+
+@needs_haproxy
+def test_what_only_grpc_aio_can_do_it_does_where_it_has_the_port(caplog):
+    """The age of a connection ends a call that outlives it; behind HAProxy it must not, since
+    other clients share that connection."""
+
+    async def use(server):
+        model = server.models["linear"]
+        model.held = asyncio.Event()
+        calls = {
+            road: asyncio.ensure_future(server.call(road, MESSAGE)) for road in ("ordinary", "lane")
+        }
+        assert (await calls["ordinary"])[0] == "UNAVAILABLE"
+        stream = server.channels["lane"].stream_stream(STREAM_PATH)()
+        await stream.write(MESSAGE)
+        await asyncio.sleep(0.5)
+        assert not calls["lane"].done()
+        model.held.set()
+        assert (await calls["lane"])[0] == "OK"
+        assert await stream.read()
+
+    run(use, grpc_max_connection_age_ms=100, grpc_max_connection_age_grace_ms=100)
+    assert "grpc_max_connection_age_grace_ms: HAProxy has the gRPC port" in caplog.text
 
 
 def test_an_unopened_listener_can_be_drained():

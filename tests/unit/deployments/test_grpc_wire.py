@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.restricted import RestrictedGroup
 from deployments import grpc_wire
+from deployments.errors import InvalidArgument
 from deployments.grpc import encode
 from deployments.grpc_stubs import service_pb2 as pb
-from deployments.grpc_wire import Head, Refused
+from deployments.grpc_wire import Head, Refused, Terms
 from deployments.plans import MAX_KEY_BYTES
+from deployments.restricted import Guards
 from deployments.types import InferResponse, Tensor
 
 PATH = "/p"
@@ -103,9 +107,22 @@ def test_an_answer_is_what_protobuf_writes(call, shapes):
 
 def test_an_answer_that_no_frame_can_hold():
     response = InferResponse("m", "1", "", (Tensor("y", "FP32", (1,), np.zeros(1, np.float32)),))
-    with pytest.raises(Refused) as error:
+    with pytest.raises(InvalidArgument, match="exceeds gRPC's byte size limit 2147483647"):
         grpc_wire.opening(response, [2**31])
-    assert error.value.args[0] == 8
+
+
+def test_the_limit_of_an_answer_is_that_of_its_whole_message(monkeypatch):
+    """Both ways of writing it agree, to the byte."""
+    data = np.zeros(100, np.float32)
+    response = InferResponse("m", "1", "id", (Tensor("y", "FP32", (100,), data),))
+    size = encode(response).ByteSize()
+    for limit, fits in ((size, True), (size - 1, False), (399, False)):
+        monkeypatch.setattr(grpc_wire, "MAX_MESSAGE_BYTES", limit)
+        with nullcontext() if fits else pytest.raises(InvalidArgument, match=str(limit)):
+            encode(response)
+        with nullcontext() if fits else pytest.raises(InvalidArgument, match=str(limit)):
+            opened = grpc_wire.opening(response, [400])
+            grpc_wire.answer(opened, b"id", [data])
 
 
 # --- metadata ----------------------------------------
@@ -160,7 +177,54 @@ def test_metadata_of_a_good_call():
     assert other.error is not None and other.error.args == (12, "Method not found!")
 
 
+def test_a_restricted_call():
+    group = RestrictedGroup(apis=("inference",), key="k", value="v")
+    terms = Terms(guard=Guards([group], "p-").of("ModelInfer"))
+    assert grpc_wire.read_head(b"/p", PATH, [(b"p-k", b"v")], terms).error is None
+    for fields in ([], [(b"p-k", b"w")], [(b"k", b"v")]):
+        error = grpc_wire.read_head(b"/p", PATH, fields, terms).error
+        assert error is not None
+        assert error.args == (14, "This API is restricted, expecting header 'p-k'")
+
+
+@pytest.mark.parametrize(
+    ("level", "accepted", "packing"),
+    [
+        (0, b"identity, deflate, gzip", b""),
+        (1, b"identity, deflate, gzip", b"gzip"),
+        (2, b"identity, deflate, gzip", b"deflate"),
+        (3, b"identity,deflate,gzip", b"deflate"),
+        (3, b"gzip", b"gzip"),
+        (1, b"identity, deflate", b"deflate"),
+        (3, b"identity", b""),
+        (3, None, b""),
+    ],
+)
+def test_the_clients_list_and_our_level_decide_on_compression(level, accepted, packing):
+    fields = [] if accepted is None else [(b"grpc-accept-encoding", accepted)]
+    assert grpc_wire.read_head(b"/p", PATH, fields, Terms(level)).packing == packing
+
+
 # --- compression and texts ----------------------------------------
+
+
+@pytest.mark.parametrize("encoding", [b"gzip", b"deflate"])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_packed_answer_is_what_grpc_unpacks(encoding, noisy):
+    data = np.random.default_rng(0).bytes(4000) if noisy else bytes(4000)
+    tensor = Tensor("y", "UINT8", (4000,), np.frombuffer(data, np.uint8))
+    response = InferResponse("m", "1", "", (tensor,))
+    opened = grpc_wire.opening(response, [4000])
+    reply = grpc_wire.packed(grpc_wire.answer(opened, b"", [data]), encoding)
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert b"\r\ngrpc-encoding: " + encoding in head
+    size, _, rest = body.partition(b"\r\n")
+    frame, end = rest[: int(size, 16)], rest[int(size, 16) :]
+    assert end == b"\r\n0\r\ngrpc-status: 0\r\n\r\n"
+    assert int.from_bytes(frame[1:5], "big") == len(frame) - 5
+    message = frame[5:] if noisy else grpc_wire.inflate(frame[5:], encoding, 10**6)
+    assert frame[0] == (0 if noisy else 1)
+    assert message == encode(response).SerializeToString()
 
 
 def test_what_cannot_be_unpacked():

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def front(folder, port=0, **more):
-    facts = {"address": "127.0.0.1", "path": "/a.B/C", "read_s": 5, "answer_s": 60, "grace_s": 5}
+    facts: dict[str, Any] = {"address": "127.0.0.1", "path": "/a.B/C", "stream_path": "/a.B/D"}
+    facts |= {"read_s": 5, "answer_s": 60, "grace_s": 5}
     return Front(port=port or free_port(), folder=Path(folder), **{**facts, **more})
 
 
@@ -77,6 +79,7 @@ def folder():
         {"folder": "/tmp/" + "x" * 100},
         {"path": "/a b"},
         {"path": "/a }\n"},
+        {"stream_path": "/a } or TRUE"},
         {"address": "localhost"},
         {"address": "0.0.0.0:1 user root"},
         {"port": "1 accept-proxy"},
@@ -91,6 +94,7 @@ def test_its_configuration():
     text = front("/tmp/x", 8001).text()
     assert "bind ipv4@127.0.0.1:8001 proto h2" in text
     assert "unix@/tmp/x/lane.sock" in text
+    assert "use_backend streams if { path /a.B/D }" in text
     assert "bind ipv6@[::1]:8001" in front("/tmp/x", 8001, address="::1").text()
     for closed in ("stats", "log ", "lua", "ssl"):
         assert closed not in text
@@ -171,7 +175,7 @@ from pathlib import Path
 from deployments.haproxy import Front, Haproxy, find_binary
 
 async def main():
-    front = Front("127.0.0.1", {port}, Path({folder!r}), "/a.B/C", 5, 60, 5)
+    front = Front("127.0.0.1", {port}, Path({folder!r}), "/a.B/C", "/a.B/D", 5, 60, 5)
     if {ours}:
         child = Haproxy(front, find_binary(), lambda: None)
         await child.start()
