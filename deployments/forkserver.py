@@ -35,10 +35,15 @@ EARLY = (
     "deployments.runtimes.torchscript",
     "deployments.runtimes.eager",
     "deployments.runtimes.aoti",
+    "deployments.runtimes.exported",
+    # What Ray and anyio import in each worker otherwise.
+    "pydantic.v1",
+    "anyio._backends._asyncio",
 )
 # With the first worker: Ray reads its variables once, as it is imported, job and raylet among them.
 WITH_RAY = (
     "ray._private.workers.default_worker",
+    "ray.serve._private.controller",  # a replica gets a handle to it
     "ray.serve._private.replica",
     "deployments.replica",
 )

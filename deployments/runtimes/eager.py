@@ -101,12 +101,17 @@ def load(
         module.to(target)
     module.eval()
     _warn_of_order(module, config)
+    return Eager(module, _compiled(module, options, where), config, signature, binding, target)
+
+
+def _compiled(module: torch.nn.Module, options: dict[str, Any], where: str) -> Any:
+    if options == {"disable": True}:
+        return module  # as torch.compile would, which first imports its compiler: seconds of CPU
     try:
-        call = torch.compile(module, **options)
+        return torch.compile(module, **options)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = f"torch.compile refused its parameters: {faults.clean_text(error)}"
         raise ConfigError(reason, file=where, field=_COMPILE) from error
-    return Eager(module, call, config, signature, binding, target)
 
 
 def _warn_of_order(module: torch.nn.Module, config: ModelConfig) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -201,6 +202,30 @@ def test_compile_parameters_reach_torch(tmp_path):
     assert torch.equal(load(path, *ONE, backend="eager", fullgraph=True).run([A])[0], A * 2)
     with pytest.raises(ConfigError, match="unexpected keyword argument 'nonsense'"):
         load(path, *ONE, nonsense=1, backend="eager")
+
+
+def test_what_is_not_compiled_leaves_the_compiler_alone(tmp_path):
+    """Which takes seconds to import, in each replica."""
+    code = f"""
+import sys
+from pathlib import Path
+from tests.unit.deployments.runtimes import test_eager as t
+runtime = t.load(t.models.save_eager(t.SCALE, Path({str(tmp_path)!r})), *t.ONE, **OPTIONS)
+assert t.torch.equal(runtime.run([t.A])[0], t.A * 2)
+print("torch._dynamo" in sys.modules)
+"""
+    told = []
+    for options in ({"disable": True}, {"disable": True, "backend": "eager"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("OPTIONS", repr(options))],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        told.append(done.stdout.strip())
+        assert told[-1], done.stderr
+    assert told == ["False", "True"]
 
 
 def test_a_compiled_model_takes_object_arrays(tmp_path):
