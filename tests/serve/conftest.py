@@ -1,17 +1,22 @@
-"""One real server for most serve tests, with stock clients in front of it."""
+"""One real server for most serve tests, with stock clients in front of it.
+
+Files that use it come first; it ends with the last test that does, and only then do the others
+start servers of their own: an idle one costs a third of a core.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
+from tests import models
 from tests.serve import repository
-from tests.serve.server import Server, manta_serve
+from tests.serve.server import Server, manta_serve, wait_for
 
 GOOD = ("mlp", "eager_mlp", "seed", "slow", "shared", "picky", "strings", "big")
 BROKEN = ("bad_field", "pickled", "bad_name")
@@ -23,10 +28,47 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# They share a server as well, which a test of the second one ends.
+_PAIR_FILES = ("test_placement.py", "test_paths.py")
+_SHARED = pytest.StashKey[Server]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    users = {item.path for item in items if _uses_server(item)}
+
+    def turn(item: pytest.Item) -> int:
+        if HERE not in item.path.parents or item.path in users:
+            return 0
+        name = item.path.name
+        return 1 + _PAIR_FILES.index(name) if name in _PAIR_FILES else 1 + len(_PAIR_FILES)
+
     for item in items:
-        if HERE in Path(item.path).parents:
+        if HERE in item.path.parents:
             item.add_marker(pytest.mark.serve)
+    items.sort(key=turn)
+
+
+def _uses_server(item: pytest.Item) -> bool:
+    return "server" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """A server that does not end well is an error of the last test that used it."""
+    yield
+    if _uses_server(item) and (nextitem is None or not _uses_server(nextitem)):
+        items = item.session.items
+        if not any(map(_uses_server, items[items.index(item) + 1 :])):
+            _end(item.config)
+
+
+def _end(config: pytest.Config) -> None:
+    one = config.stash.get(_SHARED, None)
+    if one is not None:
+        del config.stash[_SHARED]
+        assert one.stop() == 0, one.output()[-3000:]
 
 
 @pytest.fixture(scope="session")
@@ -47,16 +89,44 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(models_root: Path, compile_cache: Path, overrides_root: Path) -> Iterator[Server]:
+def server(
+    models_root: Path, compile_cache: Path, overrides_root: Path, pytestconfig: pytest.Config
+) -> Iterator[Server]:
     """`manta serve` in explicit mode; ends with SIGTERM and must end well."""
     loads = [f"--load-model={name}" for name in (*GOOD, *BROKEN)]
     flags = ["--model-control-mode=explicit", "--exit-on-error=false", "--strict-readiness=false"]
     flags.append(f"--compile-cache={compile_cache}")
+    flags.append("--allow-client-shm=true")
+    flags += [f"--{edge}-header-forward-pattern=MY_HEADER|priority" for edge in ("http", "grpc")]
     flags += ["--allow-file-override=true", f"--file-override-directory={overrides_root}"]
     with manta_serve(models_root, *flags, *loads, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as one:
         one.wait_ready()
+        pytestconfig.stash[_SHARED] = one
         yield one
-        assert one.stop() == 0, one.output()[-3000:]
+        _end(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two Routers and two logical GPUs, in explicit mode; `nap` has two replicas of one instance
+    each, which take 20 ms a batch. Ended by a test."""
+    root = tmp_path_factory.mktemp("pair")
+    models.save_eager(repository.NAP, root, "nap")
+    text = repository.config(
+        [repository.tensor("x", "2")],
+        [repository.tensor("y", "2")],
+        engine='backend: "pytorch"\nruntime: "model.py"',
+        max_batch_size=4,
+        more="dynamic_batching { }\ninstance_group [ { kind: KIND_CPU count: 2 } ]\n"
+        + repository.EAGER,
+    )
+    repository.write_config(root, "nap", text)
+    flags = ["--router-replicas=2", "--logical-gpus=true"]
+    flags += ["--model-control-mode=explicit", "--load-model=nap"]
+    with manta_serve(root, *flags, environment={"MANTA_LOGICAL_GPU_COUNT": "2"}) as one:
+        one.wait_ready()
+        wait_for(lambda: len(one.replica_pids("manta:Router")) == 2, 60, "two Routers")
+        yield one
 
 
 @pytest.fixture

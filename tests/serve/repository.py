@@ -53,6 +53,17 @@ class Who(torch.nn.Module):
 '''
 
 
+NAP = """
+import time
+import torch
+
+class Nap(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.02)
+        return x * 2
+"""
+
+
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[Callable[[], None]]:
     """Requests below 0 to a slow model are held until this is called, and no longer than this."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, inputs, module_of, rows
+from tests.serve.clients import aio_client, infer, infer_aio, inputs, loading, module_of, rows
 from tests.serve.server import Server
 
 LABELS = ("cat", "dog", "bird and bee")
@@ -22,7 +23,7 @@ MANY = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def loaded(models_root: Path, server: Server) -> None:
+def loaded(models_root: Path, server: Server) -> Iterator[None]:
     labelled = 'label_filename: "labels.txt"'
     for name in ("labelled", "unlabelled"):
         models.save_torchscript(repository.mlp(), models_root, name)
@@ -39,9 +40,8 @@ def loaded(models_root: Path, server: Server) -> None:
             more="",
         )
         repository.write_config(models_root, name, text)
-    with httpclient.InferenceServerClient(server.http, network_timeout=300) as client:
-        for name in ("labelled", "integers", "halves"):
-            client.load_model(name)
+    with loading(server, ("labelled", "integers", "halves")):
+        yield
 
 
 @pytest.fixture(params=["http", "grpc"])
@@ -197,33 +197,4 @@ def test_the_server_names_the_extension(http: Any, grpc: Any) -> None:
         http.get_server_metadata()["extensions"],
         grpc.get_server_metadata().extensions,
     ):
-        assert "classification" in extensions and "system_shared_memory" not in extensions
-
-
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_shared_memory_is_off_unless_it_is_allowed(
-    protocol: str, request: pytest.FixtureRequest
-) -> None:
-    """Not on this server; see test_shared_memory.py."""
-    client = request.getfixturevalue(protocol)
-    module = module_of(client)
-    one = module.InferInput("INPUT__0", [1, 8], "FP32")
-    one.set_shared_memory("r", 32)
-    output = module.InferRequestedOutput("OUTPUT__0")
-    output.set_shared_memory("r", 16)
-    sent = inputs(module, {"INPUT__0": rows(1, 8)})
-    for use in (
-        lambda: client.register_system_shared_memory("r", "/r", 64),
-        lambda: client.register_cuda_shared_memory("r", "AAAA", 0, 64),
-        lambda: client.unregister_system_shared_memory(),
-        lambda: client.unregister_cuda_shared_memory("r"),
-        lambda: client.infer("mlp", [one]),
-        lambda: client.infer("mlp", sent, outputs=[output]),
-    ):
-        with pytest.raises(InferenceServerException) as caught:
-            use()
-        assert caught.value.status() in ("501", "StatusCode.UNIMPLEMENTED")
-        assert caught.value.message() == (
-            "Client shared memory is disabled. Start the server with "
-            "'--allow-client-shm=true' to enable."
-        )
+        assert "classification" in extensions

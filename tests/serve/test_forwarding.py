@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -13,14 +12,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tritonclient.grpc as grpcclient
-import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows
-from tests.serve.server import BIN, Server, manta_serve
+from tests.serve.clients import aio_client, infer, infer_aio, loading, rows
+from tests.serve.server import BIN, Server
 
 # What it was told, as text.
 TELLER = """
@@ -39,10 +36,9 @@ HEADERS = {"my_header_1": "my_value_1", "my_header_3": 'a "quoted" \\ value', "o
 WANTED = {"my_header_1": "my_value_1", "my_header_3": 'a "quoted" \\ value'}
 
 
-@pytest.fixture(scope="module")
-def teller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("teller")
-    models.save_eager(TELLER, root, "teller")
+@pytest.fixture(scope="module", autouse=True)
+def loaded(server: Server, models_root: Path) -> Iterator[None]:
+    models.save_eager(TELLER, models_root, "teller")
     text = repository.config(
         [repository.tensor("x", "1")],
         [repository.tensor("told", "1", "TYPE_STRING")],
@@ -50,21 +46,14 @@ def teller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         max_batch_size=1,
         more="",
     )
-    repository.write_config(root, "teller", text)
-    models.save_torchscript(repository.mlp(), root, "mlp")
-    repository.write_config(root, "mlp", repository.MLP)
-    flags = [f"--{edge}-header-forward-pattern=MY_HEADER|priority" for edge in ("http", "grpc")]
-    with manta_serve(root, *flags) as server:
-        server.wait_ready()
-        yield server
+    repository.write_config(models_root, "teller", text)
+    with loading(server, ["teller"]):
+        yield
 
 
 @pytest.fixture(params=["http", "grpc"])
-def client(request: pytest.FixtureRequest, teller: Server) -> Iterator[Any]:
-    module = httpclient if request.param == "http" else grpcclient
-    address = teller.http if request.param == "http" else teller.grpc
-    with contextlib.closing(module.InferenceServerClient(address)) as one:
-        yield one
+def client(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
 
 
 X = np.ones((1, 1), np.float32)
@@ -84,9 +73,9 @@ def test_headers_that_match_are_parameters(client: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_aio_clients_too(teller: Server, protocol: str) -> None:
+def test_aio_clients_too(server: Server, protocol: str) -> None:
     async def ask() -> Any:
-        async with aio_client(teller, protocol) as one:
+        async with aio_client(server, protocol) as one:
             return await infer_aio(one, "teller", {"x": X}, headers=dict(HEADERS))
 
     assert told(asyncio.run(ask())) == WANTED
@@ -107,7 +96,7 @@ def test_reserved_names_are_refused(client: Any, model: str) -> None:
     assert "is reserved for Triton usage and cannot be forwarded" in caught.value.message()
 
 
-def test_names_are_those_that_were_sent(teller: Server) -> None:
+def test_names_are_those_that_were_sent(server: Server) -> None:
     """By both roads over HTTP: a body in chunks goes the longer one."""
     document = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1]}]}
 
@@ -116,16 +105,16 @@ def test_names_are_those_that_were_sent(teller: Server) -> None:
 
     for content in (json.dumps(document).encode(), chunks()):
         reply = httpx.post(
-            f"http://{teller.http}/v2/models/teller/infer",
+            f"http://{server.http}/v2/models/teller/infer",
             content=content,
             headers={"My_Header-One": "a"},
         )
         assert json.loads(reply.json()["outputs"][0]["data"][0]) == {"My_Header-One": "a"}
 
 
-def test_generate_forwards_headers_too(teller: Server) -> None:
+def test_generate_forwards_headers_too(server: Server) -> None:
     reply = httpx.post(
-        f"http://{teller.http}/v2/models/teller/generate",
+        f"http://{server.http}/v2/models/teller/generate",
         json={"x": 1, "depth": 3},
         headers={"My_Header": "a"},
     )

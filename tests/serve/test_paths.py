@@ -1,5 +1,4 @@
-"""Nothing is lost but what was on the path that broke: two Routers over two replicas, in a server
-of their own."""
+"""Nothing is lost but what was on the path that broke: two Routers over two replicas."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -22,42 +20,10 @@ import pytest
 import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
-from tests import models
-from tests.serve import repository
 from tests.serve.clients import aio_client, infer_aio, statistics
-from tests.serve.server import Server, manta_serve, port_is_free, wait_for
+from tests.serve.server import Server, port_is_free, wait_for
 
 _PIDFD_GETFD = 438  # its number is the same on every architecture
-
-NAP = """
-import time
-import torch
-
-class Nap(torch.nn.Module):
-    def forward(self, x):
-        time.sleep(0.02)
-        return x * 2
-"""
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two Routers; `nap` has two replicas of one instance each, which take 20 ms a batch."""
-    root = tmp_path_factory.mktemp("pair")
-    models.save_eager(NAP, root, "nap")
-    text = repository.config(
-        [repository.tensor("x", "2")],
-        [repository.tensor("y", "2")],
-        engine='backend: "pytorch"\nruntime: "model.py"',
-        max_batch_size=4,
-        more="dynamic_batching { }\ninstance_group [ { kind: KIND_CPU count: 2 } ]\n"
-        + repository.EAGER,
-    )
-    repository.write_config(root, "nap", text)
-    with manta_serve(root, "--router-replicas=2") as server:
-        server.wait_ready()
-        wait_for(lambda: len(server.replica_pids("manta:Router")) == 2, 60, "two Routers")
-        yield server
 
 
 def nap_replicas(server: Server) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer_aio, rows
+from tests.serve.clients import aio_client, infer_aio, loading, rows
 from tests.serve.server import Server, manta_serve, wait_for
 
 GROUPS = {
@@ -31,23 +31,28 @@ instance_group [
 """
 
 
+def test_by_default_a_broken_model_ends_the_server(tmp_path: Path) -> None:
+    """In test_start.py such models are served beside."""
+    models.save_torchscript(repository.mlp(), tmp_path, "mlp")
+    repository.write_config(tmp_path, "mlp", repository.MLP)
+    repository.build_broken(tmp_path)
+    with manta_serve(tmp_path) as server:
+        assert server.process.wait(180) == 1
+        output = server.output()
+        assert "failed to load all models" in output
+        assert "platfrm" in output and "torch.save" in output and "INPUT__7" in output
+
+
 @pytest.fixture(scope="module")
-def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("gpus")
+def placed(pair: Server) -> Iterator[Server]:
+    root = pair.repository
     for name, (group, share) in GROUPS.items():
         models.save_torchscript(repository.mlp(), root, name)
         text = repository.parameter("GPU_FRACTION", share) + group
         repository.write_config(root, name, repository.MLP + text)
     repository.write_who(root, "mixed", repository.parameter("GPU_FRACTION", "0.02") + MIXED)
-    with manta_serve(
-        root,
-        "--logical-gpus=true",
-        "--batching=direct",
-        environment={"MANTA_LOGICAL_GPU_COUNT": "2"},
-    ) as server:
-        server.wait_ready()
-        yield server
-        assert server.stop() == 0
+    with loading(pair, (*GROUPS, "mixed")):
+        yield pair
 
 
 def by_model(peeked: dict[str, Any]) -> dict[str, list[str]]:
@@ -60,7 +65,9 @@ def by_model(peeked: dict[str, Any]) -> dict[str, list[str]]:
 
 def test_groups_land_where_they_are_listed_with_the_fractions_asked_for(placed: Server) -> None:
     peeked = placed.peek()
-    assert by_model(peeked) == {
+    placed_at = by_model(peeked)
+    assert placed_at.pop("nap") == ["", ""]
+    assert placed_at == {
         "first": ["0"],
         "second": ["1"],
         "both": ["0", "0", "1", "1"],
@@ -117,35 +124,3 @@ def test_models_on_logical_gpus_answer(placed: Server) -> None:
         for _ in range(4):
             reply = httpx.post(f"http://{placed.http}/v2/models/{name}/infer", json=body)
             assert reply.status_code == 200
-
-
-@pytest.fixture(scope="module")
-def one_good_three_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("broken")
-    models.save_torchscript(repository.mlp(), root, "mlp")
-    repository.write_config(root, "mlp", repository.MLP)
-    repository.build_broken(root)
-    return root
-
-
-def test_one_good_model_serves_beside_three_broken_ones(one_good_three_broken: Path) -> None:
-    flags = ["--exit-on-error=false", "--strict-readiness=false"]
-    with manta_serve(one_good_three_broken, *flags) as server:
-        server.wait_ready()
-        reply = httpx.post(f"http://{server.http}/v2/repository/index")
-        index = {entry["name"]: entry for entry in reply.json()}
-        assert index.pop("mlp")["state"] == "READY"
-        assert {entry["state"] for entry in index.values()} == {"UNAVAILABLE"}
-        assert "bad_field/config.pbtxt:1" in index["bad_field"]["reason"]
-        assert "torch.save" in index["pickled"]["reason"]
-        assert "INPUT__7" in index["bad_name"]["reason"]
-        assert not any(str(one_good_three_broken) in entry["reason"] for entry in index.values())
-        assert server.stop() == 0
-
-
-def test_by_default_a_broken_model_ends_the_server(one_good_three_broken: Path) -> None:
-    with manta_serve(one_good_three_broken) as server:
-        assert server.process.wait(180) == 1
-        output = server.output()
-        assert "failed to load all models" in output
-        assert "platfrm" in output and "torch.save" in output and "INPUT__7" in output

@@ -1,4 +1,4 @@
-"""Loads that bring a configuration or files, changes in place, and a repository that is polled."""
+"""Loads that bring a configuration or files, and changes in place."""
 
 from __future__ import annotations
 
@@ -8,47 +8,34 @@ import os
 import shutil
 import signal
 import stat
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import torch
-import tritonclient.grpc as grpcclient
-import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import infer, rows
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import Server, wait_for
+from tests.serve.times import (
+    LOAD_S,
+    X,
+    asking,
+    config_of,
+    entries,
+    factor,
+    refused,
+    replicas,
+    times_config,
+    write_times,
+)
 
-X = rows(1, 2)
 CONFIG = repository.config([repository.tensor("x", "2")], [repository.tensor("OUTPUT__0", "2")])
-STATUS = {
-    "400": "INVALID_ARGUMENT",
-    "404": "NOT_FOUND",
-    "500": "INTERNAL",
-    "501": "UNIMPLEMENTED",
-    "503": "UNAVAILABLE",
-}
-LEAVE_S, LOAD_S = 60.0, 60.0
-
-TIMES = """
-import torch
-
-class Times(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.factor = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, x):
-        return x * self.factor
-"""
+LEAVE_S = 60.0
 
 
 class Twice(torch.nn.Module):
@@ -56,96 +43,11 @@ class Twice(torch.nn.Module):
         return x * 2
 
 
-def write_times(root: Path, name: str, factor: float, version: int = 1) -> Path:
-    """A model that multiplies, by weights whose file has the same size for any factor."""
-    folder = root / name / str(version)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.py").write_text(TIMES)
-    torch.save({"factor": torch.tensor([float(factor)])}, folder / "model.pt")
-    return folder / "model.pt"
-
-
-def times_config(more: str = "", max_batch_size: int = 32) -> str:
-    return repository.config(
-        [repository.tensor("x", "2")],
-        [repository.tensor("y", "2")],
-        engine='backend: "pytorch"\nruntime: "model.py"',
-        max_batch_size=max_batch_size,
-        more=repository.EAGER + more,
-    )
-
-
-def factor(client: Any, name: str, output: str = "y", **options: Any) -> float:
-    reply = infer(client, name, {"x": X}, **options).as_numpy(output)
-    return float(np.round(reply[0, 0] / X[0, 0], 5))
-
-
-def entries(client: Any, name: str) -> list[dict[str, str]]:
-    index = client.get_model_repository_index()
-    if not isinstance(index, list):
-        keys = ("name", "version", "state", "reason")
-        index = [{k: getattr(m, k) for k in keys if getattr(m, k)} for m in index.models]
-    return [dict(one) for one in index if one["name"] == name]
-
-
-def config_of(client: Any, name: str) -> dict[str, Any]:
-    """As JSON, whatever the protocol."""
-    if type(client).__module__.startswith("tritonclient.grpc"):
-        shown: dict[str, Any] = client.get_model_config(name, as_json=True)["config"]
-        return shown
-    return dict(client.get_model_config(name))
-
-
-def replicas(server: Server, name: str, version: int = 1) -> dict[int, str]:
-    """Process -> application, for the replicas of a version."""
-    prefix = f"manta.{name}.{version}."
-    found = server.peek()["replicas"]
-    return {r["pid"]: r["application"] for r in found if r["application"].startswith(prefix)}
-
-
-def refused(call: Any, status: str, text: str) -> None:
-    with pytest.raises(InferenceServerException, match=text) as caught:
-        call()
-    shown = str(caught.value.status()).removeprefix("StatusCode.")
-    assert shown in (status, STATUS[status])
-
-
-@contextlib.contextmanager
-def asking(server: Server, name: str, output: str) -> Iterator[list[float]]:
-    """Requests over both protocols all the while; every one of them must be answered."""
-    stop = threading.Event()
-    answers: list[float] = []
-    errors: list[str] = []
-
-    def ask(module: Any, address: str) -> None:
-        # A client of its own, made where it is used: gevent's are bound to their thread.
-        with contextlib.closing(module.InferenceServerClient(address)) as client:
-            while not stop.is_set():
-                try:
-                    answers.append(factor(client, name, output))
-                except Exception as error:
-                    errors.append(repr(error))
-
-    roads = [(httpclient, server.http), (grpcclient, server.grpc)] * 2
-    threads = [threading.Thread(target=ask, args=road) for road in roads]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answers
-        before = len(answers)
-        wait_for(lambda: len(answers) > before + 20, LOAD_S, "requests are still answered")
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-    assert not errors, errors[:3]
-
-
 def none_left(folder: Path) -> None:
     wait_for(lambda: not list(folder.iterdir()), LEAVE_S, "given files are removed")
 
 
-# --- explicit mode: a configuration and files with the request -----------------------------------
+# --- a configuration and files with the request --------------------------------------------------
 
 
 @pytest.fixture
@@ -395,185 +297,3 @@ def test_the_index_has_what_is_on_disk_now(models_root: Path, http: Any, grpc: A
     shutil.rmtree(models_root / "just_here")
     for client in (http, grpc):
         assert entries(client, "just_here") == []
-
-
-# --- poll mode -----------------------------------------------------------------------------------
-
-FLAKY = """
-import os
-import torch
-
-if not os.path.exists(MARK):
-    open(MARK, "w").close()
-    raise RuntimeError("the first time it does not load")
-
-class Flaky(torch.nn.Module):
-    def forward(self, x):
-        return x
-"""
-
-
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    write_times(one, "steady", 1)
-    repository.write_config(one, "steady", times_config())
-    write_times(one, "custom", 1)
-    repository.write_config(one, "custom", times_config())
-    (one / "custom" / "configs").mkdir()
-    chosen = times_config(max_batch_size=7)
-    (one / "custom" / "configs" / "chosen.pbtxt").write_text(chosen)
-    mark = str(two.parent / "flaky_mark")
-    models.save_eager(FLAKY.replace("MARK", repr(mark)), two, "flaky")
-    repository.write_config(two, "flaky", times_config())
-    for root in (one, two):
-        write_times(root, "twin", 4)
-        repository.write_config(root, "twin", times_config())
-    return one, two
-
-
-@pytest.fixture(scope="module")
-def polled(roots: tuple[Path, Path]) -> Iterator[Server]:
-    flags = ["--model-control-mode=poll", "--repository-poll-secs=1", "--exit-on-error=false"]
-    flags += ["--strict-readiness=false", f"--model-repository={roots[1]}"]
-    flags += ["--model-config-name=chosen", "--model-load-retry-count=1"]
-    with manta_serve(roots[0], *flags) as server:
-        server.wait_ready()
-        yield server
-        assert server.stop() == 0, server.output()[-3000:]
-
-
-@pytest.fixture
-def clients(polled: Server) -> Iterator[tuple[Any, Any]]:
-    http = httpclient.InferenceServerClient(polled.http, network_timeout=120)
-    grpc = grpcclient.InferenceServerClient(polled.grpc)
-    yield http, grpc
-    http.close()
-    grpc.close()
-
-
-def becomes(client: Any, name: str, wanted: float, **options: Any) -> None:
-    """The model multiplies by `wanted` before long."""
-
-    def is_so() -> bool:
-        with contextlib.suppress(InferenceServerException):
-            return factor(client, name, **options) == wanted
-        return False
-
-    wait_for(is_so, LOAD_S, f"{name} multiplies by {wanted}")
-
-
-def test_polled_models_are_not_the_clients_to_load(clients: tuple[Any, Any]) -> None:
-    text = "explicit model load / unload is not allowed if polling is enabled"
-    for client in clients:
-        for call in (client.load_model, client.unload_model):
-            refused(lambda call=call: call("steady"), "503", text)
-        assert factor(client, "steady") == 1
-
-
-def test_a_configuration_of_the_chosen_name(clients: tuple[Any, Any]) -> None:
-    for client in clients:
-        assert config_of(client, "custom")["max_batch_size"] == 7
-        assert config_of(client, "steady")["max_batch_size"] == 32  # it has none of that name
-
-
-def test_a_load_that_fails_is_tried_again(polled: Server, clients: tuple[Any, Any]) -> None:
-    for client in clients:
-        assert client.is_model_ready("flaky") and factor(client, "flaky") == 1
-    lines = [line for line in polled.output().splitlines() if "'flaky'" in line]
-    told = [line for line in lines if line.endswith("it is tried again")]
-    assert len(told) == 1 and "the first time it does not load" in told[0]
-
-
-def test_twins_are_unavailable_until_one_of_them_is_gone(
-    roots: tuple[Path, Path], clients: tuple[Any, Any]
-) -> None:
-    http, _ = clients
-    reason = "model appears in two or more repositories"
-    duplicate = [{"name": "twin", "state": "UNAVAILABLE", "reason": reason}]
-    for client in clients:
-        assert entries(client, "twin") == duplicate
-        assert not client.is_model_ready("twin")
-    shutil.rmtree(roots[1] / "twin")
-    becomes(http, "twin", 4)
-    shutil.copytree(roots[0] / "twin", roots[1] / "twin")
-    wait_for(lambda: not http.is_model_ready("twin"), LOAD_S, "twin is unavailable")
-    assert entries(http, "twin") == duplicate
-    refused(lambda: factor(http, "twin"), "404", "no available versions")
-    shutil.rmtree(roots[0] / "twin")
-    becomes(http, "twin", 4)
-
-
-def test_models_versions_files_and_configurations_are_followed(
-    polled: Server, roots: tuple[Path, Path], clients: tuple[Any, Any]
-) -> None:
-    http, grpc = clients
-    _, root = roots
-    steady = replicas(polled, "steady")
-    write_times(root, "moving", 2)
-    repository.write_config(root, "moving", times_config())
-    becomes(http, "moving", 2)
-
-    write_times(root, "moving", 5, version=2)  # a version comes
-    becomes(grpc, "moving", 5)
-    wait_for(lambda: not http.is_model_ready("moving", "1"), LOAD_S, "only the latest is served")
-    shutil.rmtree(root / "moving" / "2")  # and goes
-    becomes(http, "moving", 2)
-
-    file = root / "moving" / "1" / "model.pt"  # a file changes, and does not look it
-    before = file.stat()
-    write_times(root, "moving", 3)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    becomes(grpc, "moving", 3)
-
-    repository.write_config(root, "moving", times_config(max_batch_size=8))
-
-    def batch() -> int:
-        return int(config_of(http, "moving")["max_batch_size"])
-
-    wait_for(lambda: batch() == 8, LOAD_S, "a new configuration")
-    assert factor(http, "moving") == 3
-
-    shutil.rmtree(root / "moving")
-    wait_for(lambda: not grpc.is_model_ready("moving"), LOAD_S, "it is gone")
-    for client in clients:
-        refused(lambda client=client: factor(client, "moving"), "404", "no available versions")
-    assert replicas(polled, "steady") == steady  # all this was none of its business
-
-
-def test_what_cannot_be_loaded_leaves_the_old_one_until_it_can(
-    polled: Server, roots: tuple[Path, Path], clients: tuple[Any, Any]
-) -> None:
-    http, _ = clients
-    root, _ = roots
-    write_times(root, "mended", 2)
-    repository.write_config(root, "mended", times_config())
-    becomes(http, "mended", 2)
-    with asking(polled, "mended", "y") as answers:
-        file = root / "mended" / "1" / "model.py"
-        file.write_text('raise RuntimeError("it is not mended yet")')
-        wait_for(lambda: "it is not mended yet" in polled.output(), LOAD_S, "the failure is told")
-        assert entries(http, "mended") == [{"name": "mended", "version": "1", "state": "READY"}]
-        (root / "mended" / "config.pbtxt").write_text("no configuration")
-        wait_for(lambda: "mended/config.pbtxt:1" in polled.output(), LOAD_S, "this one, too")
-        assert factor(http, "mended") == 2
-        write_times(root, "mended", 7)
-        repository.write_config(root, "mended", times_config())
-        wait_for(lambda: answers[-1] == 7, LOAD_S, "it is mended")
-    assert set(answers) == {2.0, 7.0}
-
-
-def test_what_is_only_touched_is_not_loaded_again(
-    polled: Server, roots: tuple[Path, Path], clients: tuple[Any, Any]
-) -> None:
-    before = replicas(polled, "steady")
-    folder = roots[0] / "steady"
-    (folder / "1" / "model.py").touch()
-    (folder / "config.pbtxt").write_text((folder / "config.pbtxt").read_text() + "# a comment\n")
-    # Told by what comes after it: a change that is seen at the same look, or a later one.
-    write_times(roots[1], "witness", 6)
-    repository.write_config(roots[1], "witness", times_config())
-    becomes(clients[0], "witness", 6)
-    time.sleep(2)
-    assert replicas(polled, "steady") == before

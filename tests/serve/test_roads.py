@@ -17,9 +17,10 @@ import pytest
 import torch
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
+from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows
+from tests.serve.clients import aio_client, infer, infer_aio, inputs, rows
 from tests.serve.server import Server, manta_serve, port_is_free
 
 MODELS = ("mlp", "eager_mlp", "seed", "strings", "big")
@@ -99,6 +100,41 @@ def test_each_server_takes_the_roads_that_it_is_told(server: Server, plain: Serv
         details = [r["details"] for r in one.peek()["replicas"] if ".mlp." in r["application"]]
         assert int(details[0][road]) > 0 and int(details[0][other]) == 0
     assert len(server.haproxies()) == 1 and plain.haproxies() == []
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_shared_memory_is_off_unless_it_is_allowed(plain: Server, protocol: str) -> None:
+    """As it is on the session's server; see test_shared_memory.py."""
+    module = httpclient if protocol == "http" else grpcclient
+    address = plain.http if protocol == "http" else plain.grpc
+    with contextlib.closing(module.InferenceServerClient(address)) as client:
+        check_off(client, module)
+
+
+def check_off(client: Any, module: Any) -> None:
+    extensions = client.get_server_metadata()
+    extensions = extensions["extensions"] if module is httpclient else extensions.extensions
+    assert "classification" in extensions and "system_shared_memory" not in extensions
+    one = module.InferInput("INPUT__0", [1, 8], "FP32")
+    one.set_shared_memory("r", 32)
+    output = module.InferRequestedOutput("OUTPUT__0")
+    output.set_shared_memory("r", 16)
+    sent = inputs(module, {"INPUT__0": rows(1, 8)})
+    for use in (
+        lambda: client.register_system_shared_memory("r", "/r", 64),
+        lambda: client.register_cuda_shared_memory("r", "AAAA", 0, 64),
+        lambda: client.unregister_system_shared_memory(),
+        lambda: client.unregister_cuda_shared_memory("r"),
+        lambda: client.infer("mlp", [one]),
+        lambda: client.infer("mlp", sent, outputs=[output]),
+    ):
+        with pytest.raises(InferenceServerException) as caught:
+            use()
+        assert caught.value.status() in ("501", "StatusCode.UNIMPLEMENTED")
+        assert caught.value.message() == (
+            "Client shared memory is disabled. Start the server with "
+            "'--allow-client-shm=true' to enable."
+        )
 
 
 def test_ctrl_c_reaches_the_whole_group_and_ends_well(plain: Server) -> None:

@@ -55,7 +55,8 @@ def profile() -> dict[str, str]:
 
 
 # `manta serve`, which most tests here drive, is the Router's listener with the profile.
-@pytest.fixture(params=["router", "serve", "serve+env"])
+# Serve's proxy without the profile is for `make test-long`: each of the two is met below.
+@pytest.fixture(params=["router", pytest.param("serve", marks=pytest.mark.long), "serve+env"])
 def serve_run(request: pytest.FixtureRequest, one_model: Path, tmp_path: Path) -> Iterator[Server]:
     listener, _, with_env = request.param.partition("+")
     ports = free_ports(3)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,9 +21,9 @@ from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, module_of, rows
+from tests.serve.clients import aio_client, infer, loading, module_of, rows
 from tests.serve.repository import config, tensor
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import Server, wait_for
 
 BYTES = 64  # sixteen INT32
 SECRET, SECRET_BYTES = "somebody-elses", 4242
@@ -55,30 +56,20 @@ class Simple(torch.nn.Module):
         return a + b, a - b
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("shared")
-    models.save_torchscript(Simple(), root, "simple")
+@pytest.fixture(scope="module", autouse=True)
+def loaded(server: Server, models_root: Path) -> Iterator[None]:
+    models.save_torchscript(Simple(), models_root, "simple")
     given, taken = (
         [tensor(f"{way}__{i}", "16", "TYPE_INT32") for i in (0, 1)] for way in ("INPUT", "OUTPUT")
     )
-    repository.write_config(root, "simple", config(given, taken))
-    models.save_torchscript(models.identity(), root, "big")
-    repository.write_config(root, "big", config([tensor("x", "-1")], [tensor("OUTPUT__0", "-1")]))
-    models.save_torchscript(models.Strings(), root, "strings")
-    words, answers = (
-        tensor(name, "1", "TYPE_STRING", "reshape { shape: [] }") for name in ("words", "OUTPUT__0")
-    )
-    repository.write_config(root, "strings", config([words], [answers]))
-    models.save_eager(HELD, root, "held")
+    repository.write_config(models_root, "simple", config(given, taken))
+    models.save_eager(HELD, models_root, "held")
     eager = 'backend: "pytorch"\nruntime: "model.py"'
     two = "instance_group [ { kind: KIND_CPU count: 2 } ]\n" + repository.EAGER
     text = config([tensor("s", "1")], [tensor("t", "1")], engine=eager, max_batch_size=1, more=two)
-    repository.write_config(root, "held", text)
-    with manta_serve(root, "--allow-client-shm=true") as one:
-        one.wait_ready()
-        yield one
-        assert one.stop() == 0, one.output()[-3000:]
+    repository.write_config(models_root, "held", text)
+    with loading(server, ("simple", "held")):
+        yield
 
 
 @pytest.fixture(params=["http", "grpc"])
