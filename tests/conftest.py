@@ -4,11 +4,9 @@ tests stay together when several workers run them."""
 from __future__ import annotations
 
 import fcntl
-import functools
 import gc
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,18 +17,11 @@ import torch
 
 from tests import kinds, models
 
-ROOT = Path(__file__).parents[1]
-# A test or a fixture that takes the shared server, or one of its two clients.
-_USES_SERVER = re.compile(
-    r"^(?:@pytest\.fixture.*\ndef \w+|def test_\w+)\([^)]*\b(?:server|http|grpc): (?:Server|Any)\b",
-    re.MULTILINE,
-)
-
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests go to one worker, since they share its fixtures; and all files that use the
-    session's server go to the same one, so that there is one such server."""
+    """A file's tests go to one worker, since they share its fixtures; and all that drive servers go
+    to the same one, in their order: a server and its clients fill two cores."""
     from xdist.scheduler import LoadScopeScheduling
 
     scheduler = LoadScopeScheduling(config, log)
@@ -38,11 +29,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler
 
 
-@functools.cache
 def scope(file: str) -> str:
     """What runs together with this file of tests; `file` is relative to the project's root."""
-    of_server = file.startswith("tests/serve/") and _USES_SERVER.search((ROOT / file).read_text())
-    return "server" if of_server else file
+    return "serve" if file.startswith("tests/serve/") else file
 
 
 def pytest_collection_finish() -> None:
