@@ -28,8 +28,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# They share a server as well, which a test of the second one ends.
-_PAIR_FILES = ("test_placement.py", "test_paths.py")
+# They share a server as well, which a test of the last one ends.
+_PAIR_FILES = ("test_placement.py", "test_metrics.py", "test_logging.py", "test_paths.py")
 _SHARED = pytest.StashKey[Server]()
 
 
@@ -109,9 +109,15 @@ def server(
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two Routers and two logical GPUs, in explicit mode; `nap` has two replicas of one instance
-    each, which take 20 ms a batch. Ended by a test."""
+def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pair below writes its log."""
+    return tmp_path_factory.mktemp("log") / "manta.log"
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory, log_path: Path) -> Iterator[Server]:
+    """Two Routers and two logical GPUs, in explicit mode, with a log file and more metrics; `nap`
+    has two replicas of one instance each, which take 20 ms a batch. Ended by a test."""
     root = tmp_path_factory.mktemp("pair")
     models.save_eager(repository.NAP, root, "nap")
     text = repository.config(
@@ -124,7 +130,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     repository.write_config(root, "nap", text)
     flags = ["--router-replicas=2", "--logical-gpus=true"]
-    flags += ["--model-control-mode=explicit", "--load-model=nap"]
+    flags += ["--model-control-mode=explicit", "--load-model=nap", f"--log-file={log_path}"]
+    flags += ["--metrics-interval-ms=200", "--metrics-config=summary_latencies=true"]
+    flags.append("--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001")
     with manta_serve(root, *flags, environment={"MANTA_LOGICAL_GPU_COUNT": "2"}) as one:
         one.wait_ready()
         wait_for(lambda: len(one.replica_pids("manta:Router")) == 2, 60, "two Routers")

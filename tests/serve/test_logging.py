@@ -20,8 +20,8 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import infer
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.clients import infer, loading
+from tests.serve.server import Server, wait_for
 
 TALKER = """
 import numpy as np
@@ -68,17 +68,15 @@ class Logged:
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Logged]:
-    root = tmp_path_factory.mktemp("logged")
-    (models.version_folder(root, "talker") / "model.py").write_text(TALKER)
+def logged(pair: Server, log_path: Path) -> Iterator[Logged]:
+    (models.version_folder(pair.repository, "talker") / "model.py").write_text(TALKER)
     said = repository.tensor("said", "1", "TYPE_STRING")
     heard = repository.tensor("heard", "1", "TYPE_STRING")
-    text = repository.config([said], [heard], engine='backend: "python"', more="")
-    repository.write_config(root, "talker", text)
-    path = tmp_path_factory.mktemp("log") / "manta.log"
-    with manta_serve(root, f"--log-file={path}", "--router-replicas=2") as server:
-        server.wait_ready()
-        yield Logged(server, path)
+    more = "instance_group [ { kind: KIND_CPU } ]"
+    text = repository.config([said], [heard], engine='backend: "python"', more=more)
+    repository.write_config(pair.repository, "talker", text)
+    with loading(pair, ["talker"]):
+        yield Logged(pair, log_path)
 
 
 @pytest.fixture

@@ -21,31 +21,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from deployments.followers import ROUTER_SILENT_S
 from tests import models
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.clients import aio_client, infer, infer_aio, loading, rows, statistics
+from tests.serve.server import Server, wait_for
 
-TAGS = 'metric_tags { key: "site" value: "north" }\ndynamic_batching { }\n'
-FLAGS = [
-    "--router-replicas=2",
-    "--model-control-mode=explicit",
-    "--load-model=tagged",
-    "--load-model=plain",
-    "--metrics-interval-ms=200",
-    "--metrics-config=summary_latencies=true",
-    "--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001",
-]
+HOST = "instance_group [ { kind: KIND_CPU } ]\ndynamic_batching { }\n"
+TAGS = 'metric_tags { key: "site" value: "north" }\n' + HOST
 
 Page = dict[str, dict[tuple[str, ...], float]]
 
 
 @pytest.fixture(scope="module")
-def metered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("metered")
-    write(root, "tagged", TAGS)
-    write(root, "plain", "dynamic_batching { }")
-    with manta_serve(root, *FLAGS) as server:
-        server.wait_ready()
-        yield server
+def metered(pair: Server) -> Iterator[Server]:
+    write(pair.repository, "tagged", TAGS)
+    write(pair.repository, "plain", HOST)
+    with loading(pair, ("tagged", "plain")):
+        yield pair
 
 
 def write(root: Path, name: str, more: str) -> None:
