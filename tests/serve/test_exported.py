@@ -137,10 +137,10 @@ def test_two_replicas_compile_once(compile_cache: Path, server: Server) -> None:
     assert f"'{COMPILED}/1/model.pt2' is compiled" in server.output()
 
 
-def test_an_archive_that_would_run_code_is_refused(client: Any, models_root: Path) -> None:
+def test_an_archive_that_would_run_code_is_refused(http: Any, models_root: Path) -> None:
     with pytest.raises(
         InferenceServerException, match="sample inputs hold more than plain tensors"
     ):
-        client.load_model("exported_evil")
+        http.load_model("exported_evil")
     assert not (models_root / "exported_evil" / "1" / "mark").exists()
-    infer(client, PLAIN, {"ARGS[0]": sequence(1, 3)})
+    infer(http, PLAIN, {"ARGS[0]": sequence(1, 3)})

@@ -55,10 +55,10 @@ def client(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
-def test_a17_structures_that_cannot_be_named_do_not_load(client: Any) -> None:
-    for name, reason in (
-        ("bad_key", "failed to parse input call spec: key 'ke A' of .*blank"),
-        ("bad_type", "failed to parse input call spec: .*builtins.dick"),
+def test_a17_structures_that_cannot_be_named_do_not_load(http: Any, grpc: Any) -> None:
+    for client, name, reason in (
+        (http, "bad_key", "failed to parse input call spec: key 'ke A' of .*blank"),
+        (grpc, "bad_type", "failed to parse input call spec: .*builtins.dick"),
     ):
         with pytest.raises(InferenceServerException, match=reason):
             client.load_model(name)

@@ -275,14 +275,17 @@ def test_the_configuration_tells_what_is_optional(http: Any, grpc: Any) -> None:
     assert {one.name for one in entries if one.optional} == wanted
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_names_that_meet_or_lead_nowhere_are_load_errors(http: Any, grpc: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "protocol"), [*zip(BROKEN, ("http", "grpc", "http"), strict=True)]
+)
+def test_names_that_meet_or_lead_nowhere_are_load_errors(
+    request: pytest.FixtureRequest, http: Any, name: str, protocol: str
+) -> None:
     def state() -> str:
         (entry,) = [e for e in http.get_model_repository_index() if e["name"] == name]
         return str(entry["state"])
 
-    for one in (http, grpc):
-        with pytest.raises(InferenceServerException, match=REASONS[name]):
-            one.load_model(name)
+    with pytest.raises(InferenceServerException, match=REASONS[name]):
+        request.getfixturevalue(protocol).load_model(name)
     wait_for(lambda: state() == "UNAVAILABLE", 30, f"{name} is unavailable")
     assert http.is_server_ready()
