@@ -17,12 +17,12 @@ from typing import Protocol
 
 from . import answers
 from .answers import Answers, InOrder, gone
-from .batcher import MemberResult, Outcome
+from .batcher import Executor, MemberResult, Outcome
 from .errors import Internal, MantaError, QueueFull, QueueTimeout
 from .places import Place
 from .scheduler import BatchPolicy, Entry, Group, Scheduler, Wait
 from .statistics import Counters, Reason
-from .types import Array, RequestFacts
+from .types import Array, Batch, BatchReply, RequestFacts
 
 __all__ = ["Gate", "MemberResult", "Waiter"]
 
@@ -49,7 +49,7 @@ class FreePlaces(Protocol):
     def spare(self) -> None: ...
 
 
-Execute = Callable[[Group, Place], Awaitable[Outcome]]
+Execute = Callable[[Group, Executor], Awaitable[Outcome]]
 
 
 class _FutureWaiter:
@@ -67,6 +67,28 @@ class _FutureWaiter:
             self._future.set_exception(result)
         else:
             self._future.set_result(result)
+
+
+class _Sending:
+    """A group on its way to its place: `sent` is called once, when it is there or never will be."""
+
+    __slots__ = ("_sent", "_under_way", "place")
+
+    def __init__(self, place: Place, sent: Callable[[], None]) -> None:
+        self.place = place
+        self._sent = sent
+        self._under_way = True
+
+    def execute(self, batch: Batch) -> Awaitable[BatchReply]:
+        try:
+            return self.place.execute(batch)
+        finally:
+            self.over()
+
+    def over(self) -> None:
+        if self._under_way:
+            self._under_way = False
+            self._sent()
 
 
 class Gate:
@@ -98,6 +120,8 @@ class Gate:
         self._closed: MantaError | None = None
         self._drains: list[asyncio.Future[None]] = []
         self._running: set[asyncio.Future[Outcome]] = set()
+        self._under_way = 0  # groups that have been released, and are not at their place yet
+        self._unanswered: list[tuple[Group, Outcome]] = []
 
     @property
     def pending(self) -> int:
@@ -273,25 +297,43 @@ class Gate:
                 return
             group = Group(tuple(living), group.released_ns)
         self._in_flight += 1
+        self._under_way += 1
         place.running += 1
+        sending = _Sending(place, self._sent)
         # An empty context: one client's disconnect, deadline or trace must not reach the others.
         context = contextvars.Context()
-        future = context.run(self._run, group, place)
+        future = context.run(self._run, group, sending)
         self._running.add(future)  # the loop itself holds tasks only weakly
-        future.add_done_callback(partial(self._done, group, place), context=context)
+        future.add_done_callback(partial(self._done, group, sending), context=context)
 
-    def _run(self, group: Group, place: Place) -> asyncio.Future[Outcome]:
+    def _run(self, group: Group, sending: _Sending) -> asyncio.Future[Outcome]:
         try:
-            return asyncio.ensure_future(self._execute(group, place))
+            return asyncio.ensure_future(self._execute(group, sending))
         except Exception as error:
             failed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
             failed.set_exception(error)
             return failed
 
-    def _done(self, group: Group, place: Place, future: asyncio.Future[Outcome]) -> None:
-        """Whatever happened, the place is free again, and every member is answered."""
+    def _sent(self) -> None:
+        self._under_way -= 1
+        if not self._under_way and self._unanswered:
+            unanswered, self._unanswered = self._unanswered, []
+            for group, outcome in unanswered:
+                self._answers.settle(group, outcome, self._clock())
+                self._in_flight -= 1
+            if not (self._in_flight or self._scheduler.pending):
+                self._rest()
+
+    def _done(self, group: Group, sending: _Sending, future: asyncio.Future[Outcome]) -> None:
+        """Whatever happened, the place is free again, and every member is answered.
+
+        But the instance waits neither for the answers nor for what their clients send next: what
+        goes now goes first, and with @serve.batch it takes a few turns of the loop to get there.
+        """
+        place = sending.place
         self._running.discard(future)
         place.running -= 1
+        sending.over()
         try:
             outcome = future.result()
             if outcome.refused:
@@ -301,8 +343,11 @@ class Gate:
                 raise ValueError(f"{len(outcome.results)} results for {len(group.members)} members")
             else:
                 place.accepted()
-                if self._scheduler.pending:  # the instance must not wait for the answers
+                if self._scheduler.pending:
                     self._pump(self._clock())
+                if self._under_way:
+                    self._unanswered.append((group, outcome))
+                    return
                 self._answers.settle(group, outcome, self._clock())
         except MantaError as error:
             self._answers.fail(group, error, self._clock())

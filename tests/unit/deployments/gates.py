@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from deployments.batcher import Execution, MemberResult, Outcome
 from deployments.gate import Gate
@@ -14,7 +13,16 @@ from deployments.statistics import Counters
 from .virtual_time import run
 
 MS = 1_000_000
-NOBODY: Any = None  # these places are only counted: the test's model runs what is started
+
+
+class Nobody:
+    """At each place: what is sent there runs when the test says so."""
+
+    def execute(self, batch):
+        return asyncio.get_running_loop().create_future()
+
+    async def aclose(self):
+        pass
 
 
 class Model:
@@ -28,6 +36,7 @@ class Model:
         self.calls.append([entry.inputs[0] for entry in group.members])
         reply = asyncio.get_running_loop().create_future()
         self.replies.append((group, reply))
+        place.execute(None)
         return await reply
 
     def finish(self, index=0, error=None, refused=False, results=None):
@@ -55,7 +64,7 @@ class Slots:
 
     def _places(self):
         while len(self._all) < self.count:
-            self._all.append(Place(NOBODY, self._changed))
+            self._all.append(Place(Nobody(), self._changed))
         return self._all[: self.count]
 
     def idle(self):

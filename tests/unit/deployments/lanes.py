@@ -10,7 +10,6 @@ import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from deployments.batcher import Execution, MemberResult, Outcome
 from deployments.errors import MantaError, QueueFull
@@ -21,6 +20,7 @@ from deployments.ports import PortClaim
 from deployments.scheduler import policy
 from deployments.statistics import Counters
 
+from .gates import Nobody
 from .serving import Server, output_array
 
 LENGTH = "inference-header-content-length"
@@ -32,8 +32,7 @@ class OnePlace:
     """The only place where batches of a model run; the model itself is called by the gate."""
 
     def __init__(self):
-        nobody: Any = None
-        self.place = Place(nobody, lambda: None)
+        self.place = Place(Nobody(), lambda: None)
 
     def idle(self):
         return self.place if self.place.idle else None
@@ -60,6 +59,7 @@ class Model:
 
     async def execute(self, group, place):
         self.groups.append(len(group.members))
+        place.execute(None)
         if self.held is not None:
             await self.held.wait()
         results = [self.one(entry) for entry in group.members]

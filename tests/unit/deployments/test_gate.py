@@ -8,6 +8,7 @@ import pytest
 
 from deployments.batcher import MemberResult
 from deployments.errors import (
+    Internal,
     QueueFull,
     QueueTimeout,
 )
@@ -275,6 +276,56 @@ async def test_nothing_is_sent_ahead_while_a_slot_rests(clock):
     while model.replies:
         model.finish()
         await settle()
+
+
+class Reluctant(Model):
+    """Takes some turns of the loop to send a group that is not the first, or fails to."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.fails = fails
+
+    async def execute(self, group, place):
+        if self.calls:
+            await asyncio.sleep(0.001)
+            if self.fails:
+                raise ValueError("not sent")
+        return await super().execute(group, place)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_answers_wait_until_the_next_batch_is_sent(fails):
+    @drive
+    async def check(clock):
+        gate, model, _ = make(clock, model=Reluctant(fails))
+        first, second = submit(gate, 0), submit(gate, 1)
+        await settle()
+        model.finish()
+        await settle()
+        assert not first.done(), "its client would send more, and the instance wait for that"
+        await asyncio.sleep(0.0011)
+        assert first.done() and (gate.in_flight, second.done()) == ((0, True) if fails else (1, 0))
+        if fails:
+            assert isinstance(second.exception(), Internal)
+            return
+        drained = asyncio.ensure_future(gate.drain())
+        await settle()
+        assert not drained.done()
+        model.finish()
+        await drained
+        assert second.done()
+
+    check()
+
+
+@drive
+async def test_control_without_a_next_batch_answers_wait_for_nothing(clock):
+    gate, model, _ = make(clock, model=Reluctant())
+    first = submit(gate, 0)
+    await settle()
+    model.finish()
+    await settle()
+    assert first.done() and gate.in_flight == 0
 
 
 @drive
