@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,7 +30,7 @@ from .errors import ControlDisabled, ShuttingDown, Unavailable
 from .followers import Followers
 from .lifecycle import Lifecycle
 from .log_settings import changed, initial, shown
-from .logbook import Lines, Logbook
+from .logbook import Lines, Logbook, aloud
 from .logs import Tap, announcement
 from .metrics import render
 from .names import check_model_name
@@ -101,7 +102,7 @@ class Controller:
     def _tell(self, text: str) -> None:
         """For whoever runs the server: on this process's output, and for `manta serve` to show."""
         form = self._catalogue.log.format
-        print(text, flush=True)
+        aloud(text, sys.__stdout__)
         if form == "json" or self._settings.log_file:
             self._logbook.write(announcement(text, form))
         if form != "json":

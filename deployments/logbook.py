@@ -46,11 +46,11 @@ class Logbook:
             try:
                 self._file.write(line + "\n")
             except (OSError, ValueError) as error:  # a full disk, or closed
-                print(f"{line}\nthe log file is not written: {error}", file=sys.stderr, flush=True)
+                aloud(f"{line}\nthe log file is not written: {error}", sys.__stderr__)
             return
         self._lines.add(line)
         if not self._read:
-            print(line, file=sys.stderr, flush=True)
+            aloud(line, sys.__stderr__)
 
     def since(self, seen: int) -> tuple[int, tuple[str, ...]]:
         self._read = True
@@ -59,6 +59,12 @@ class Logbook:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def aloud(line: str, stream: TextIO | None) -> None:
+    """On this process's own output: what Serve puts in its place makes a record of every line, and
+    that would come back here."""
+    print(line, file=stream, flush=True)
 
 
 def _opened(path: str) -> TextIO:

@@ -78,7 +78,9 @@ class Tap(logging.Handler):
             if wanted(record, self.settings):
                 line = text(record, self.settings.format, self._source)
                 if record.levelno >= logging.WARNING and not record.name.startswith(_SERVES):
-                    print(line, file=sys.stderr, flush=True)  # Ray keeps it if this process dies
+                    # Not what Serve puts in its place: that makes a record of it. Ray keeps it if
+                    # this process dies.
+                    print(line, file=sys.__stderr__, flush=True)
                 self._keep(line)
         except Exception:
             self.handleError(record)

@@ -31,17 +31,17 @@ def test_a_reader_of_an_earlier_one_starts_again():
     assert lines.since(7) == (1, ("a",))
 
 
-def test_until_somebody_reads_lines_are_on_the_process_s_own_output(capsys):
+def test_until_somebody_reads_lines_are_on_the_process_s_own_output(capfd):
     book = Logbook()
     book.write("early")
-    assert capsys.readouterr().err == "early\n"
+    assert capfd.readouterr().err == "early\n"
     assert book.since(0) == (1, ("early",))
     book.write("late")
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
     assert book.since(1) == (2, ("late",))
 
 
-def test_a_file_has_all_lines_and_is_added_to(tmp_path: Path, capsys):
+def test_a_file_has_all_lines_and_is_added_to(tmp_path: Path, capfd):
     path = tmp_path / "manta.log"
     path.write_text("before\n")
     book = Logbook(str(path))
@@ -51,14 +51,14 @@ def test_a_file_has_all_lines_and_is_added_to(tmp_path: Path, capsys):
     book.close()
     assert path.read_text(encoding="utf-8").splitlines()[-1] == r"half \ud800 pair"
     assert book.since(0) == (0, ())
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
 
-def test_a_file_that_cannot_be_written_any_more_loses_no_line(tmp_path: Path, capsys):
+def test_a_file_that_cannot_be_written_any_more_loses_no_line(tmp_path: Path, capfd):
     book = Logbook(str(tmp_path / "manta.log"))
     book.close()
     book.write("late")
-    assert capsys.readouterr().err.startswith("late\nthe log file is not written: ")
+    assert capfd.readouterr().err.startswith("late\nthe log file is not written: ")
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
