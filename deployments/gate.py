@@ -70,14 +70,14 @@ class _FutureWaiter:
 
 
 class _Sending:
-    """A group on its way to its place: `sent` is called once, when it is there or never will be."""
+    """A group on its way to its place. `then` is done when it is there, or never will be."""
 
-    __slots__ = ("_sent", "_under_way", "place")
+    __slots__ = ("place", "then", "under_way")
 
-    def __init__(self, place: Place, sent: Callable[[], None]) -> None:
+    def __init__(self, place: Place) -> None:
         self.place = place
-        self._sent = sent
-        self._under_way = True
+        self.under_way = True
+        self.then: list[Callable[[], None]] = []
 
     def execute(self, batch: Batch) -> Awaitable[BatchReply]:
         try:
@@ -86,9 +86,10 @@ class _Sending:
             self.over()
 
     def over(self) -> None:
-        if self._under_way:
-            self._under_way = False
-            self._sent()
+        self.under_way = False
+        then, self.then = self.then, []
+        for call in then:
+            call()
 
 
 class Gate:
@@ -120,8 +121,7 @@ class Gate:
         self._closed: MantaError | None = None
         self._drains: list[asyncio.Future[None]] = []
         self._running: set[asyncio.Future[Outcome]] = set()
-        self._under_way = 0  # groups that have been released, and are not at their place yet
-        self._unanswered: list[tuple[Group, Outcome]] = []
+        self._latest: _Sending | None = None
 
     @property
     def pending(self) -> int:
@@ -297,9 +297,8 @@ class Gate:
                 return
             group = Group(tuple(living), group.released_ns)
         self._in_flight += 1
-        self._under_way += 1
         place.running += 1
-        sending = _Sending(place, self._sent)
+        self._latest = sending = _Sending(place)
         # An empty context: one client's disconnect, deadline or trace must not reach the others.
         context = contextvars.Context()
         future = context.run(self._run, group, sending)
@@ -313,16 +312,6 @@ class Gate:
             failed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
             failed.set_exception(error)
             return failed
-
-    def _sent(self) -> None:
-        self._under_way -= 1
-        if not self._under_way and self._unanswered:
-            unanswered, self._unanswered = self._unanswered, []
-            for group, outcome in unanswered:
-                self._answers.settle(group, outcome, self._clock())
-                self._in_flight -= 1
-            if not (self._in_flight or self._scheduler.pending):
-                self._rest()
 
     def _done(self, group: Group, sending: _Sending, future: asyncio.Future[Outcome]) -> None:
         """Whatever happened, the place is free again, and every member is answered.
@@ -343,10 +332,11 @@ class Gate:
                 raise ValueError(f"{len(outcome.results)} results for {len(group.members)} members")
             else:
                 place.accepted()
+                before = self._latest
                 if self._scheduler.pending:
                     self._pump(self._clock())
-                if self._under_way:
-                    self._unanswered.append((group, outcome))
+                if self._latest is not before and self._latest and self._latest.under_way:
+                    self._latest.then.append(partial(self._settle, group, outcome))
                     return
                 self._answers.settle(group, outcome, self._clock())
         except MantaError as error:
@@ -355,6 +345,11 @@ class Gate:
             logger.exception("a batch of model '%s' failed", self._model_name)
             failure = Internal(f"the server failed to execute model '{self._model_name}'")
             self._answers.fail(group, failure, self._clock())
+        self._in_flight -= 1
+        self._pump(self._clock())
+
+    def _settle(self, group: Group, outcome: Outcome) -> None:
+        self._answers.settle(group, outcome, self._clock())
         self._in_flight -= 1
         self._pump(self._clock())
 

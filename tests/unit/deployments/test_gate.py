@@ -319,6 +319,21 @@ def test_answers_wait_until_the_next_batch_is_sent(fails):
 
 
 @drive
+async def test_answers_wait_for_no_batch_but_the_next(clock):
+    """With many instances some batch is always on its way."""
+    gate, model, _ = make(clock, slots=2, model=Reluctant())
+    first, *_ = [submit(gate, number) for number in range(2)]
+    await asyncio.sleep(0.0005)
+    submit(gate, 2)
+    model.finish()  # of the first, and the third is under way
+    await asyncio.sleep(0.0006)  # the second has been sent
+    submit(gate, 3)
+    model.finish()  # of the second, and the fourth is under way
+    await asyncio.sleep(0.0005)
+    assert first.done() and len(model.calls) == 3
+
+
+@drive
 async def test_control_without_a_next_batch_answers_wait_for_nothing(clock):
     gate, model, _ = make(clock, model=Reluctant())
     first = submit(gate, 0)
