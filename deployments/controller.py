@@ -30,8 +30,8 @@ from .errors import ControlDisabled, ShuttingDown, Unavailable
 from .followers import Followers
 from .lifecycle import Lifecycle
 from .log_settings import changed, initial, shown
-from .logbook import Lines, Logbook, aloud
-from .logs import Tap, announcement
+from .logbook import Lines, Logbook
+from .logs import Tap, aloud, announcement, clean
 from .metrics import render
 from .names import check_model_name
 from .polling import Poller
@@ -54,7 +54,7 @@ class Controller:
     ) -> None:
         self._settings = settings
         self._logbook = Logbook(settings.log_file)
-        self._log = Tap(initial(settings))
+        self._log = Tap(initial(settings), loud=False)  # the logbook is
         self._log.attach()
         self._application = serve.get_replica_context().app_name
         await asyncio.to_thread(_check_cluster, settings)
@@ -101,8 +101,10 @@ class Controller:
 
     def _tell(self, text: str) -> None:
         """For whoever runs the server: on this process's output, and for `manta serve` to show."""
+        text = clean(text)  # it may quote a client, or a model
         form = self._catalogue.log.format
-        aloud(text, sys.__stdout__)
+        if form != "json":
+            aloud(text, sys.__stdout__)
         if form == "json" or self._settings.log_file:
             self._logbook.write(announcement(text, form))
         if form != "json":

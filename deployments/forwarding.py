@@ -34,8 +34,9 @@ _CARRIERS = frozenset(
 
 
 class Forwarding:
-    def __init__(self, pattern: re.Pattern[str]) -> None:
+    def __init__(self, pattern: re.Pattern[str], hidden: frozenset[str]) -> None:
         self._pattern = pattern
+        self._hidden = hidden
 
     def of_http(self, fields: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
         """Names as they are given, of equal ones the last. Raises InvalidArgument."""
@@ -57,6 +58,8 @@ class Forwarding:
             if self._pattern.search(name) is None:
                 continue
             lower = name.lower()
+            if lower in self._hidden:
+                continue
             if lower in RESERVED or lower.startswith("triton_"):
                 raise InvalidArgument(
                     f"parameter '{name[:64]}' is reserved for Triton usage and cannot be forwarded"
@@ -65,10 +68,10 @@ class Forwarding:
         return chosen
 
 
-def forwarding(pattern: str) -> Forwarding | None:
-    """None without a pattern."""
+def forwarding(pattern: str, hidden: frozenset[str] = frozenset()) -> Forwarding | None:
+    """None without a pattern. `hidden`, in lower case, are for no model, whatever it says."""
     compiled = header_pattern(pattern)
-    return None if compiled is None else Forwarding(compiled)
+    return None if compiled is None else Forwarding(compiled, hidden)
 
 
 def add(request: InferRequest, forwarded: Mapping[str, str]) -> InferRequest:

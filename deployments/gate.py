@@ -88,8 +88,8 @@ class _Sending:
     def over(self) -> None:
         self.under_way = False
         then, self.then = self.then, []
-        for call in then:
-            call()
+        for call in then:  # not from here: this may be the inside of somebody's request
+            asyncio.get_running_loop().call_soon(call, context=contextvars.Context())
 
 
 class Gate:
@@ -349,7 +349,13 @@ class Gate:
         self._pump(self._clock())
 
     def _settle(self, group: Group, outcome: Outcome) -> None:
-        self._answers.settle(group, outcome, self._clock())
+        """What was held back in `_done`."""
+        try:
+            self._answers.settle(group, outcome, self._clock())
+        except Exception:
+            logger.exception("a batch of model '%s' failed", self._model_name)
+            failure = Internal(f"the server failed to execute model '{self._model_name}'")
+            self._answers.fail(group, failure, self._clock())
         self._in_flight -= 1
         self._pump(self._clock())
 

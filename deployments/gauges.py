@@ -7,7 +7,6 @@ page; each tells of its own node, and Routers on one node tell the same.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
@@ -49,8 +48,10 @@ class Gauges:
 
     async def run(self) -> None:
         while self._sources:
-            with contextlib.suppress(Exception):  # a device that is lost, say
+            try:
                 self._lines = await asyncio.to_thread(self.read)
+            except Exception:  # a device that is lost, say: old values would look alive
+                self._lines = []
             await asyncio.sleep(self._interval_s)
         await asyncio.get_running_loop().create_future()  # nothing to read, and no reason to end
 

@@ -28,7 +28,7 @@ from .grpc_stubs import service_pb2 as pb
 from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused, Terms
 from .inference import Inference, told
 from .plans import Plan, Recent, plan_of
-from .restricted import METADATA_PREFIX, Guards
+from .restricted import METADATA_PREFIX, Guards, headers
 from .types import InferRequest
 from .unread import Unread
 
@@ -62,7 +62,10 @@ class Lane:
         self.terms = Terms(
             grpc_options.level(settings),
             Guards(settings.grpc_restricted_protocol, METADATA_PREFIX).of("ModelInfer"),
-            forwarding(settings.grpc_header_forward_pattern),
+            forwarding(
+                settings.grpc_header_forward_pattern,
+                headers(settings.grpc_restricted_protocol, METADATA_PREFIX),
+            ),
         )
         self.heads: Recent[bytes, Head] = Recent(MAX_HEADS)
         self.connections: set[Connection] = set()

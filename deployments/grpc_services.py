@@ -19,7 +19,7 @@ from configs.server import ServerSettings
 from .errors import MantaError, ShuttingDown
 from .forwarding import forwarding
 from .grpc import STREAM, UNSUPPORTED, VERBS, add_parameters, handle, status
-from .grpc_stream import Stream
+from .grpc_stream import Ahead, Stream
 from .grpc_stubs import (
     HEALTH,
     INFERENCE,
@@ -29,7 +29,7 @@ from .grpc_stubs import (
 )
 from .grpc_stubs import service_pb2 as pb
 from .inference import Inference
-from .restricted import METADATA_PREFIX, Guard, Guards, fields_of
+from .restricted import METADATA_PREFIX, Guard, Guards, fields_of, headers
 
 STREAM_PATH = f"/{INFERENCE.full_name}/{STREAM}"
 INFER = "ModelInfer"
@@ -47,8 +47,12 @@ class GrpcServicer:
     def __init__(self, inference: Inference) -> None:
         self.inference = inference
         self._guards = guards(inference.settings)
-        self._forwarding = forwarding(inference.settings.grpc_header_forward_pattern)
+        self._forwarding = forwarding(
+            inference.settings.grpc_header_forward_pattern,
+            headers(inference.settings.grpc_restricted_protocol, METADATA_PREFIX),
+        )
         self._streams: set[Stream] = set()
+        self._ahead = Ahead()
         self._leaving = False
         for verb in (*VERBS, *UNSUPPORTED, CHECK):
             setattr(self, verb, partial(self._serve, verb))
@@ -83,7 +87,7 @@ class GrpcServicer:
         most = self.inference.settings.grpc_max_response_pool_size
         pairs = tuple(metadata or ())
         given = None if self._forwarding is None else self._forwarding.of_grpc(pairs)
-        stream = Stream(self.inference, most, ERRORS_END in pairs, given)
+        stream = Stream(self.inference, most, ERRORS_END in pairs, given, self._ahead)
         self._streams.add(stream)
         try:
             async with aclosing(stream.answers(requests)) as answers:

@@ -36,13 +36,23 @@ class _Turn(NamedTuple):
     size: int = 0
 
 
+class Ahead:
+    """What all streams of a Router have read ahead, in bytes."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
 class Stream:
     """One call. `most`: requests in work at a time. `errors_end`: the first error ends the call
     with its status, instead of being an answer. `parameters` are added to each request.
 
     Reading ahead keeps other calls on the client's connection going: HAProxy, once a stream's
     buffer is full, reads nothing more from it. It also reads no more of the client's word that
-    there is room for answers. So while an answer does not get away, more is read than otherwise.
+    there is room for answers. So while an answer does not get away, more is read than otherwise, as
+    long as all streams together hold no more than one request may.
     """
 
     def __init__(
@@ -51,8 +61,10 @@ class Stream:
         most: int,
         errors_end: bool = False,
         parameters: Mapping[str, str] | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self._inference = inference
+        self._of_all = ahead or Ahead()
         self._most = most
         self._errors_end = errors_end
         self._parameters = parameters or {}
@@ -134,7 +146,7 @@ class Stream:
         message, _ = self._ahead.pop()
         size = message.ByteSize() + OVERHEAD_BYTES
         self._ahead.append((message, size))
-        self._ahead_bytes += size
+        self._count(size)
         del message
         while self._ahead_bytes >= self._limit:
             self._room.clear()
@@ -143,7 +155,12 @@ class Stream:
     @property
     def _limit(self) -> int:
         whole = self._inference.settings.max_body_bytes
-        return whole if self._writing else min(whole, MAX_BYTES)
+        more = self._writing and self._of_all.bytes < whole
+        return whole if more else min(whole, MAX_BYTES)
+
+    def _count(self, size: int) -> None:
+        self._ahead_bytes += size
+        self._of_all.bytes += size
 
     def _start(self) -> None:
         """As many as may be in work."""
@@ -151,7 +168,7 @@ class Stream:
             if self._leaving:
                 return
             message, size = self._ahead.popleft()
-            self._ahead_bytes -= size
+            self._count(-size)
             turn = self._submit(message)
             self._work_bytes += turn.size
             self._turns.append(turn)
@@ -173,6 +190,7 @@ class Stream:
 
     def _withdraw(self) -> None:
         self._ahead.clear()
+        self._count(-self._ahead_bytes)
         for turn in self._turns:
             if isinstance(turn.what, MantaError):
                 continue

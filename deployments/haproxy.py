@@ -90,6 +90,7 @@ frontend public
 
 # A stream whose client does not read fills its connection, and stops whoever shares it.
 backend streams
+    timeout queue 5s
     timeout server {stream_s}s
     server grpc unix@{folder}/grpc.sock proto h2 max-reuse 0 maxconn {streams}
 

@@ -51,7 +51,7 @@ from .http_send import Send
 from .inference import Inference
 from .openapi import OpenApi
 from .regions import Kind
-from .restricted import Guard, Guards
+from .restricted import Guard, Guards, headers
 from .types import InferRequest
 
 Scope = Message
@@ -69,7 +69,9 @@ class HttpApp:
         self.inference = inference
         self._settings = settings
         self._application = application
-        self._forwarding = forwarding.forwarding(settings.http_header_forward_pattern)
+        self._forwarding = forwarding.forwarding(
+            settings.http_header_forward_pattern, headers(settings.http_restricted_api)
+        )
         self.leaving = False
         self._page = page.read()
         self._openapi = OpenApi(inference)

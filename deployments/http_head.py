@@ -19,7 +19,7 @@ from .errors import MantaError
 from .forwarding import Forwarding, forwarding
 from .http_replies import Field
 from .plans import Recent
-from .restricted import Guard, Guards
+from .restricted import Guard, Guards, headers
 
 START = b"POST /v2/models/"
 END = b"\r\n\r\n"
@@ -132,7 +132,9 @@ class Heads:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._forwarding = forwarding(settings.http_header_forward_pattern)
+        self._forwarding = forwarding(
+            settings.http_header_forward_pattern, headers(settings.http_restricted_api)
+        )
         self._guard = Guards(settings.http_restricted_api).of("infer")
         self._known: Recent[bytes, Head] = Recent(MAX_HEADS)
 

@@ -10,6 +10,8 @@ import sys
 from collections import deque
 from typing import TextIO
 
+from .logs import aloud
+
 MAX_KEPT = 2000
 
 
@@ -59,12 +61,6 @@ class Logbook:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def aloud(line: str, stream: TextIO | None) -> None:
-    """On this process's own output: what Serve puts in its place makes a record of every line, and
-    that would come back here."""
-    print(line, file=stream, flush=True)
 
 
 def _opened(path: str) -> TextIO:

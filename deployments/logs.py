@@ -6,12 +6,14 @@ terminal. Attached by Router, Controller and replicas; the lines meet in the Con
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 from collections import deque
 from datetime import datetime, timezone
+from typing import TextIO
 
 from .types import LogSettings
 
@@ -29,16 +31,25 @@ _HIDDEN += (*range(0x2066, 0x206A), *range(0xD800, 0xE000))
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in _HIDDEN}
 
 
+def aloud(line: str, stream: TextIO | None) -> None:
+    """On the process's own output: what Serve puts in its place makes a record of every line, and
+    that would come back here. A full disk is no reason to end."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=stream, flush=True)
+
+
 class Tap(logging.Handler):
     """Records of this process as lines, kept until they are taken.
 
-    `source` stands before each message: which model's replica it is, say.
+    `source` stands before each message: which model's replica it is, say. `loud`: warnings are also
+    on this process's own output, where nobody else puts them.
     """
 
-    def __init__(self, settings: LogSettings, source: str = "") -> None:
+    def __init__(self, settings: LogSettings, source: str = "", loud: bool = True) -> None:
         super().__init__(logging.DEBUG)
         self.settings = settings
         self._source = source
+        self._loud = loud
         self._kept: deque[str] = deque(maxlen=MAX_LINES)
         self._lost = 0
         self._levels: dict[str, int] = {}
@@ -77,11 +88,10 @@ class Tap(logging.Handler):
         try:
             if wanted(record, self.settings):
                 line = text(record, self.settings.format, self._source)
-                if record.levelno >= logging.WARNING and not record.name.startswith(_SERVES):
-                    # Not what Serve puts in its place: that makes a record of it. Ray keeps it if
-                    # this process dies.
-                    print(line, file=sys.__stderr__, flush=True)
                 self._keep(line)
+                loud = self._loud and record.levelno >= logging.WARNING
+                if loud and not record.name.startswith(_SERVES):
+                    aloud(line, sys.__stderr__)  # Ray keeps it if this process dies
         except Exception:
             self.handleError(record)
 

@@ -79,6 +79,11 @@ class Guards:
         return self._by_api.get(API_OF[operation])
 
 
+def headers(groups: Iterable[RestrictedGroup], prefix: str = "") -> frozenset[str]:
+    """Whose values open something, in lower case: they are for nobody else to see."""
+    return frozenset((prefix + group.key).lower() for group in groups)
+
+
 def fields_of(metadata: Iterable[tuple[str, str | bytes]]) -> dict[bytes, bytes]:
     """gRPC's metadata as a Guard reads it."""
     return {

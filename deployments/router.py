@@ -350,12 +350,14 @@ class Router:
         tasks = getattr(self, "_tasks", None)
         if tasks is None:
             return  # the constructor failed
-        await asyncio.wait_for(self.drain(), self._settings.exit_timeout_s)
-        for task in tasks:
-            task.cancel()
-        with contextlib.suppress(Exception):  # the Controller may be on its way out, too
-            await asyncio.wait_for(self._ledger.flush(), FLUSH_S)
-        self._log.detach()
+        try:
+            await asyncio.wait_for(self.drain(), self._settings.exit_timeout_s)
+        finally:
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(Exception):  # the Controller may be on its way out, too
+                await asyncio.wait_for(self._ledger.flush(), FLUSH_S)
+            self._log.detach()
 
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from configs.server import ServerSettings
 from deployments.errors import InvalidArgument
 from deployments.forwarding import AS_SENT, Forwarding, add, as_sent, forwarding
+from deployments.restricted import METADATA_PREFIX, headers
 from deployments.types import InferRequest
 
 from .lanes import LaneServer, binary, request, run, tensor
@@ -55,6 +57,17 @@ def test_of_grpc_only_what_its_client_has_set():
         (b"X-Bytes", b"b"),
     ]
     assert rules(".*").of_grpc(metadata) == {"x-tenant": "a", "x-bytes": "b"}
+
+
+def test_what_opens_a_restricted_api_is_for_no_model():
+    groups = ServerSettings(http_restricted_api=["inference:X-Key=secret"]).http_restricted_api
+    fields = [(b"X-Key", b"secret"), (b"x-tenant", b"a")]
+    found = forwarding("^[Xx]-", headers(groups))
+    assert found is not None and found.of_http(fields) == {"x-tenant": "a"}
+    named = forwarding(".*", headers(groups, METADATA_PREFIX))
+    metadata = [("triton-grpc-protocol-x-key", "secret"), ("x-key", "b")]
+    assert named is not None and named.of_grpc(metadata) == {"x-key": "b"}
+    assert rules("^[Xx]-").of_http(fields)["X-Key"] == "secret"  # the control
 
 
 @pytest.mark.parametrize(

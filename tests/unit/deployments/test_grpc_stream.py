@@ -10,7 +10,7 @@ import pytest
 
 from deployments import grpc_stream
 from deployments.errors import MantaError, ShuttingDown, UnknownModel
-from deployments.grpc_stream import FINAL, MAX_BYTES, OVERHEAD_BYTES, Stream
+from deployments.grpc_stream import FINAL, MAX_BYTES, OVERHEAD_BYTES, Ahead, Stream
 
 from .lanes import LaneServer
 from .serving import linear
@@ -253,6 +253,25 @@ def test_while_an_answer_does_not_get_away_more_is_read(monkeypatch):
             assert stream.in_work == 2
 
     run(use, most=2, max_body_bytes=limit, http_max_input_size_bytes=limit)
+
+
+def test_all_streams_together_read_no_more_ahead_than_one_may(monkeypatch):
+    monkeypatch.setattr(grpc_stream, "MAX_BYTES", 3 * OVERHEAD_BYTES)
+    limit = 20 * OVERHEAD_BYTES
+    ahead = Ahead()
+
+    async def use(server, client, stream):
+        ahead.bytes = limit  # others'
+        first = Stream(server.inference, 2, ahead=ahead)
+        client.send(*map(ask, range(100)))
+        async with aclosing(first.answers(client.requests())) as answers:
+            await anext(answers)  # and is not done with it
+            await settle()
+            assert client.taken <= 1 + 2 + 3
+            assert ahead.bytes > limit
+        assert ahead.bytes == limit, "what it had is given back"
+
+    run(use, max_body_bytes=limit, http_max_input_size_bytes=limit)
 
 
 def test_the_bounds():

@@ -8,11 +8,21 @@ import os
 import re
 import sys
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
-from deployments.logs import MAX_LINES, MAX_MESSAGE_CHARS, MODELS, Tap, announcement, clean, text
+from deployments.logs import (
+    MAX_LINES,
+    MAX_MESSAGE_CHARS,
+    MODELS,
+    Tap,
+    aloud,
+    announcement,
+    clean,
+    text,
+)
 from deployments.types import LogSettings
 
 OURS = logging.getLogger("manta.test")
@@ -120,6 +130,25 @@ def test_errors_are_also_on_this_process_s_own_output(tap, capfd, monkeypatch):
     OURS.error("but this")
     err = capfd.readouterr().err
     assert "but this" in err and "not this" not in err
+
+
+def test_one_whose_lines_are_told_by_another_is_not_loud(capfd):
+    one = Tap(LogSettings(), loud=False)
+    one.attach()
+    OURS.error("not this")
+    one.detach()
+    assert messages(one) == ["not this"] and capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_no_reason_to_end():
+    survived = False
+    with suppress(OSError), open("/dev/full", "w", buffering=1) as full:  # it cannot be closed
+        with pytest.raises(OSError):
+            print("the control", file=full, flush=True)
+        aloud("a line", full)
+        survived = True
+    assert survived
 
 
 # --- how they look -------------------------------------------------------------------------------
