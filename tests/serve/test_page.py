@@ -155,7 +155,7 @@ def choose(page: Any, name: str) -> None:
 
 def send(page: Any, data: str) -> None:
     page.get_by_label("Data", exact=False).first.fill(data)
-    page.get_by_role("button", name="Infer").click()
+    page.get_by_role("button", name="Infer", exact=True).click()
     eventually(page.locator("#progress")).to_contain_text("Answered")
 
 
@@ -245,7 +245,7 @@ def test_strings(page: Any) -> None:
 def test_errors_are_told(page: Any) -> None:
     choose(page, "picky")
     alert = page.locator("#error")
-    button = page.get_by_role("button", name="Infer")
+    button = page.get_by_role("button", name="Infer", exact=True)
     for data, text in {
         "[1, 2, 3]": "x: 3 values do not fill the shape [1, 2]",
         "[1, two]": "x: the data is no array of values as in JSON",
@@ -261,7 +261,7 @@ def test_errors_are_told(page: Any) -> None:
             assert lines(page) == ["Infinity, 4"]
     row(page, "bad_name").get_by_role("button").click()
     eventually(alert).to_contain_text("Request for unknown model: 'bad_name'")
-    eventually(page.get_by_role("button", name="Infer")).to_be_hidden()
+    eventually(page.get_by_role("button", name="Infer", exact=True)).to_be_hidden()
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_every_bit_arrives(
 def test_an_integer_out_of_range_is_not_sent(page: Any, playground: None) -> None:
     choose(page, "page_int64")
     page.get_by_label("Data").fill("[9223372036854775808]")
-    page.get_by_role("button", name="Infer").click()
+    page.get_by_role("button", name="Infer", exact=True).click()
     eventually(page.locator("#error")).to_have_text("x: 9223372036854775808 is out of range")
 
 
@@ -302,7 +302,7 @@ def test_an_image_goes_in_and_comes_out(page: Any, playground: None) -> None:
     choose(page, "page_image")
     picture = {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
     page.locator("input[type=file]").set_input_files(picture)
-    page.get_by_role("button", name="Infer").click()
+    page.get_by_role("button", name="Infer", exact=True).click()
     canvas = page.locator(".view canvas")
     eventually(page.get_by_label("Show as")).to_have_value("image")
     eventually(canvas).to_have_attribute("width", "8")

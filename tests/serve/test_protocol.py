@@ -214,7 +214,7 @@ def test_statistics_and_metrics_agree(server: Server, http: Any) -> None:
     assert 'nv_inference_request_failure{model="mlp",reason="REJECTED",version="1"} 0' in text
 
 
-def test_repository_index_tells_the_reasons(http: Any, grpc: Any) -> None:
+def test_repository_index_tells_the_reasons(server: Server, http: Any, grpc: Any) -> None:
     index = {entry["name"]: entry for entry in http.get_model_repository_index()}
     assert index["mlp"] == {"name": "mlp", "version": "1", "state": "READY"}
     assert all(index[name]["state"] == "UNAVAILABLE" for name in BROKEN)
@@ -222,6 +222,7 @@ def test_repository_index_tells_the_reasons(http: Any, grpc: Any) -> None:
     assert "platfrm" in index["bad_field"]["reason"]
     assert "torch.save" in index["pickled"]["reason"]
     assert "INPUT__7" in index["bad_name"]["reason"]
+    assert not any(str(server.repository) in index[name]["reason"] for name in BROKEN)
     assert index["spare"] == {"name": "spare"} or index["spare"]["state"] in (
         "READY",
         "UNAVAILABLE",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import psutil
 
-from tests.serve.conftest import BROKEN
 from tests.serve.server import Server
 
 
@@ -27,13 +24,3 @@ def test_router_and_controller_are_not(server: Server) -> None:
         for pid in server.replica_pids(f"manta:{name}"):
             parent = psutil.Process(pid).parent()
             assert parent is None or "forkserver" not in " ".join(parent.cmdline())
-
-
-def test_good_models_serve_beside_three_broken_ones(server: Server, http: Any) -> None:
-    index = {entry["name"]: entry for entry in http.get_model_repository_index()}
-    assert index["mlp"]["state"] == "READY"
-    assert {index[name]["state"] for name in BROKEN} == {"UNAVAILABLE"}
-    assert "bad_field/config.pbtxt:1" in index["bad_field"]["reason"]
-    assert "torch.save" in index["pickled"]["reason"]
-    assert "INPUT__7" in index["bad_name"]["reason"]
-    assert not any(str(server.repository) in index[name]["reason"] for name in BROKEN)
