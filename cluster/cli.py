@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs import grpc_options
+from configs import grpc_options, stores
+from configs.errors import ConfigError
 from configs.server import ServerSettings
 
 from .flags import FlagError, parse, warnings
@@ -45,6 +46,8 @@ usage: manta COMMAND ...
 
 manta COMMAND --help tells the options of each."""
 HINT = "usage: manta serve [--option=value | --option value] ...; --help lists the options"
+# Settings whose folders must be there.
+_FOLDERS = ("file_override_directory", "remote_directory")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(words[1:])
         for line in warnings(words[1:]):
             print(f"manta serve: {line}", file=sys.stderr)
-    except (FlagError, ValueError) as error:
+    except (FlagError, ConfigError, ValueError) as error:
         print(f"manta serve: {_first_reason(error)}\n{HINT}", file=sys.stderr)
         return 1
     if settings.grpc_lane and settings.allow_grpc and (text := grpc_options.unheard(settings)):
@@ -90,26 +93,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_settings(arguments: Sequence[str]) -> ServerSettings:
-    """Raises FlagError or pydantic's ValidationError; folders become absolute paths."""
-    values = parse(arguments)
-    settings = ServerSettings(**values)
-    absolute = tuple(os.path.abspath(path) for path in settings.model_repository)
-    for path in absolute:
-        if not os.path.isdir(path):
-            raise FlagError(f"model repository '{path}' is not a directory")
-    folder = settings.file_override_directory
-    if folder and not os.path.isdir(folder):
-        raise FlagError(f"--file-override-directory '{folder}' is not a directory")
-    log = os.path.abspath(settings.log_file) if settings.log_file else ""
-    if log and not os.access(os.path.dirname(log), os.W_OK):
-        raise FlagError(f"log file '{log}' cannot be written there")
-    return settings.model_copy(
-        update={
-            "model_repository": absolute,
-            "file_override_directory": os.path.abspath(folder) if folder else "",
-            "log_file": log,
-        }
+    """Raises FlagError, ConfigError or pydantic's ValidationError. Folders become absolute."""
+    settings = ServerSettings(**parse(arguments))
+    for path in settings.model_repository:
+        if stores.is_remote(path):
+            stores.parse(path, os.environ)  # its form; what is there, the Controller sees
+        elif not os.path.isdir(path):
+            raise FlagError(f"model repository '{os.path.abspath(path)}' is not a directory")
+    folders = {name: getattr(settings, name) for name in _FOLDERS}
+    for name, folder in folders.items():
+        if folder and not os.path.isdir(folder):
+            raise FlagError(f"--{name.replace('_', '-')} '{folder}' is not a directory")
+    if settings.log_file:
+        folders["log_file"] = settings.log_file
+        if not os.access(os.path.dirname(os.path.abspath(settings.log_file)), os.W_OK):
+            raise FlagError(f"log file '{settings.log_file}' cannot be written there")
+    absolute = {name: os.path.abspath(folder) for name, folder in folders.items() if folder}
+    repositories = tuple(
+        path if stores.is_remote(path) else os.path.abspath(path)
+        for path in settings.model_repository
     )
+    return settings.model_copy(update={"model_repository": repositories, **absolute})
 
 
 def _first_reason(error: Exception) -> str:

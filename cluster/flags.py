@@ -39,7 +39,9 @@ _OFF = ("false", "0", "off", "no")
 _GRPC_AIO = "(only without HAProxy: --grpc-lane=false)"
 
 FLAGS: dict[str, Flag] = {
-    "model-repository": Flag("model_repository", "list", "path of a model repository; repeatable"),
+    "model-repository": Flag(
+        "model_repository", "list", "path or URL of a model repository; repeatable"
+    ),
     "model-store": Flag("model_repository", "list", "the same as --model-repository"),
     "model-control-mode": Flag("model_control_mode", "text", "none, poll or explicit"),
     "repository-poll-secs": Flag("repository_poll_s", "number", "how often mode poll looks"),
@@ -166,6 +168,9 @@ FLAGS: dict[str, Flag] = {
     ),
     "file-override-directory": Flag(
         "file_override_directory", "text", "folder for such files; one that all nodes share"
+    ),
+    "remote-directory": Flag(
+        "remote_directory", "text", "folder for what is fetched from stores; shared by all nodes"
     ),
     "max-file-override-bytes": Flag(
         "max_file_override_bytes", "number", "most that the files of one load may weigh"

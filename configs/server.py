@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from . import grpc_options, metrics, restricted
+from . import grpc_options, metrics, restricted, stores
 from .patterns import header_pattern
 from .restricted import RestrictedGroup
 
@@ -40,8 +40,9 @@ REPLICA_VARIABLES = (
 
 
 def _repositories() -> tuple[str, ...]:
-    paths = os.environ.get("MANTA_MODEL_REPOSITORY", "").split(os.pathsep)
-    return tuple(path for path in paths if path) or ("examples/model_repository",)
+    return tuple(stores.split(os.environ.get("MANTA_MODEL_REPOSITORY", ""))) or (
+        "examples/model_repository",
+    )
 
 
 def _address(protocol: str) -> str:
@@ -76,7 +77,8 @@ class ServerSettings(BaseModel):
     model_repository: tuple[str, ...] = Field(
         default_factory=_repositories,
         min_length=1,
-        description="Model repositories; by default those of MANTA_MODEL_REPOSITORY.",
+        description="Model repositories, folders or URLs (s3://, gs://, as://); by default those "
+        "of MANTA_MODEL_REPOSITORY.",
     )
     model_control_mode: Literal["none", "poll", "explicit"] = Field(
         "none",
@@ -99,6 +101,11 @@ class ServerSettings(BaseModel):
     )
     allow_file_override: bool = Field(
         False, description="Load requests may bring files of a model along."
+    )
+    remote_directory: str = Field(
+        "",
+        description="Folder for what is fetched from repositories in stores; with several nodes "
+        "one that they share. By default the Controller's temporary one.",
     )
     file_override_directory: str = Field(
         "",

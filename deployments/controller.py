@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ray import serve
+from ray import get_runtime_context, serve
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from configs import metrics
+from configs.errors import ConfigError
 from configs.server import ServerSettings
+from configs.stores import is_remote
 
 from . import applications
 from .aggregate import Aggregator
@@ -33,6 +35,7 @@ from .log_settings import changed, initial, shown
 from .logbook import Lines, Logbook
 from .logs import Tap, aloud, announcement, clean
 from .metrics import render
+from .mirror import mirrors
 from .names import check_model_name
 from .polling import Poller
 from .repository import Repository
@@ -58,8 +61,7 @@ class Controller:
         self._log.attach()
         self._application = serve.get_replica_context().app_name
         await asyncio.to_thread(_check_cluster, settings)
-        repository = Repository(settings.model_repository, settings.model_config_name)
-        repository.check()
+        repository = await asyncio.to_thread(_open, settings, self._application)
         self._repository = repository
         self._catalogue = Catalogue(epoch=time.time_ns(), log=self._log.settings)
         self._changed = asyncio.Condition()
@@ -325,6 +327,7 @@ class Controller:
                 with contextlib.suppress(Exception):  # the others must go all the same
                     await asyncio.to_thread(applications.delete, name)
             await self._lifecycle.close()
+            await asyncio.to_thread(self._repository.close)
         self._log.detach()
         self._collect()
         self._logbook.close()
@@ -342,3 +345,18 @@ def _check_cluster(settings: ServerSettings) -> None:
         raise RuntimeError(
             f"listener '{settings.listener}' needs proxy_location {expected} in the Serve config"
         )
+
+
+def _open(settings: ServerSettings, application: str) -> Repository:
+    """Raises ConfigError for a repository that cannot be read."""
+    owner = f"{get_runtime_context().gcs_address} {application}"
+    mirrored = mirrors(settings, owner)
+    if mirrored and not settings.remote_directory and applications.node_count() > 1:
+        raise ConfigError(
+            "repositories in stores need --remote-directory on a cluster of several nodes, a "
+            "folder that all of them share"
+        )
+    local = [path for path in settings.model_repository if not is_remote(path)]
+    repository = Repository(local, settings.model_config_name, mirrored)
+    repository.check()
+    return repository

@@ -67,11 +67,11 @@ class Lifecycle:
         if running:  # Routers know what is adopted; the rest of the pass is like any other load
             self._catalogue.started = True
             await self._announce()
-        found = await asyncio.to_thread(self._repository.scan)
-        names = self._wanted([one.name for one in found], running)
+        found = await asyncio.to_thread(self._repository.names)
+        names = self._wanted(list(found), running)
         for one in found:
-            if one.name not in names:
-                self._catalogue.version(one.name, 0)
+            if one not in names:
+                self._catalogue.version(one, 0)
         plans = await asyncio.gather(*(self._prepare_noting(name) for name in names))
         cpu_instances = sum(plan.cpu_instances for model in plans for plan in model)
         await asyncio.gather(

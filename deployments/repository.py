@@ -26,6 +26,7 @@ from configs.model import ModelConfig
 from . import archives, disk
 from .disk import CONFIG, CONFIGS, Signature, contained
 from .errors import Internal, InvalidArgument, Unavailable
+from .mirror import Mirror
 from .names import check_model_name
 
 SAMPLE = "sample_input.npz"  # what a model takes, to complete its configuration from
@@ -53,17 +54,26 @@ class Found:
 class Repository:
     """The model repositories of one server, in the order given.
 
-    `config_name`: `configs/<name>.pbtxt` stands for config.pbtxt in models that have it.
+    `config_name`: `configs/<name>.pbtxt` stands for config.pbtxt in models that have it. A path
+    with a mirror is that of a store, from which a model is fetched before it is looked at.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], config_name: str = "") -> None:
-        self._roots = tuple(dict.fromkeys(Path(path) for path in paths))
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        config_name: str = "",
+        mirrors: Sequence[Mirror] = (),
+    ) -> None:
+        self._mirrors = {mirror.folder: mirror for mirror in mirrors}
+        self._roots = tuple(dict.fromkeys([*map(Path, paths), *self._mirrors]))
         self._config_name = config_name
 
     def check(self) -> None:
-        """For start-up: ConfigError, naming the path, unless every repository is a directory."""
+        """For start-up: ConfigError, naming the path, unless every repository can be read."""
         for root in self._roots:
-            if not root.is_dir():
+            if (mirror := self._mirrors.get(root)) is not None:
+                mirror.check()
+            elif not root.is_dir():
                 raise ConfigError(f"model repository '{root}' is not a directory")
 
     def scan(self) -> tuple[Found, ...]:
@@ -79,14 +89,19 @@ class Repository:
     def signatures(self) -> dict[str, tuple[Signature, ...]]:
         """For each model directory, and each repository that has it, what tells a change."""
         return {
-            name: tuple(disk.signature(root / name) for root in roots)
+            name: tuple(self._signature(root, name) for root in roots)
             for name, roots in self._by_name().items()
         }
+
+    def _signature(self, root: Path, name: str) -> Signature:
+        mirror = self._mirrors.get(root)
+        return disk.signature(root / name) if mirror is None else mirror.signature(name)
 
     def _by_name(self) -> dict[str, list[Path]]:
         found: defaultdict[str, list[Path]] = defaultdict(list)
         for root in self._roots:
-            for name in disk.models(root):
+            mirror = self._mirrors.get(root)
+            for name in disk.models(root) if mirror is None else mirror.names():
                 found[name].append(root)
         return dict(sorted(found.items()))
 
@@ -96,14 +111,16 @@ class Repository:
         return self._look_up(name)
 
     def _look_up(self, name: str) -> Found:
-        paths = [root / name for root in self._roots if os.path.isdir(root / name)]
-        if not paths:
+        roots = [root for root in self._roots if self._has(root, name)]
+        if not roots:
             raise Internal(f"failed to load '{name}', failed to poll from model repository")
-        path = str(paths[0].absolute())
-        if len(paths) > 1:
+        path = str((roots[0] / name).absolute())
+        if len(roots) > 1:
             return Found(name, path, error=DUPLICATE)
         try:
             check_model_name(name)
+            if (mirror := self._mirrors.get(roots[0])) is not None:
+                mirror.fetch(name)
             contained(Path(path), "")
         except (InvalidArgument, ConfigError) as error:
             return Found(name, path, error=str(error))
@@ -112,7 +129,16 @@ class Repository:
     def contains(self, name: str) -> bool:
         """Whether some repository has a directory of this name; InvalidArgument for a bad one."""
         check_model_name(name)
-        return any(os.path.isdir(root / name) for root in self._roots)
+        return any(self._has(root, name) for root in self._roots)
+
+    def _has(self, root: Path, name: str) -> bool:
+        mirror = self._mirrors.get(root)
+        return os.path.isdir(root / name) if mirror is None else mirror.contains(name)
+
+    def close(self) -> None:
+        """For the server's end: no mirror stays behind."""
+        for mirror in self._mirrors.values():
+            mirror.close()
 
     # --- one model ------------------------------------------------------------------------------
 
