@@ -189,6 +189,8 @@ def test_while_its_server_leaves_a_stream_is_answered_and_ended():
         busy.send(ask(1))
         calls = [stub(channel).ModelStreamInfer(one.requests()) for one in (busy, idle)]
         first = asyncio.ensure_future(calls[0].read())
+        idle.send(ask(2, "add_sub"))
+        assert told(await calls[1].read()) == ("2", "")  # from here on it has nothing to do
         await until(lambda: model.groups and len(server.servicer._streams) == 2)
         server.servicer.leave()
         with pytest.raises(grpc.aio.AioRpcError) as error:
