@@ -21,8 +21,9 @@ from .batcher import Executor, MemberResult, Outcome
 from .errors import Internal, MantaError, QueueFull, QueueTimeout
 from .places import Place
 from .scheduler import BatchPolicy, Entry, Group, Scheduler, Wait
+from .sending import Sending
 from .statistics import Counters, Reason
-from .types import Array, Batch, BatchReply, RequestFacts
+from .types import Array, RequestFacts
 
 __all__ = ["Gate", "MemberResult", "Waiter"]
 
@@ -69,29 +70,6 @@ class _FutureWaiter:
             self._future.set_result(result)
 
 
-class _Sending:
-    """A group on its way to its place. `then` is done when it is there, or never will be."""
-
-    __slots__ = ("place", "then", "under_way")
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.under_way = True
-        self.then: list[Callable[[], None]] = []
-
-    def execute(self, batch: Batch) -> Awaitable[BatchReply]:
-        try:
-            return self.place.execute(batch)
-        finally:
-            self.over()
-
-    def over(self) -> None:
-        self.under_way = False
-        then, self.then = self.then, []
-        for call in then:  # not from here: this may be the inside of somebody's request
-            asyncio.get_running_loop().call_soon(call, context=contextvars.Context())
-
-
 class Gate:
     """`execute` runs one group; what it raises fails the members of that group and nothing else."""
 
@@ -121,7 +99,7 @@ class Gate:
         self._closed: MantaError | None = None
         self._drains: list[asyncio.Future[None]] = []
         self._running: set[asyncio.Future[Outcome]] = set()
-        self._latest: _Sending | None = None
+        self._latest: Sending | None = None
 
     @property
     def pending(self) -> int:
@@ -298,14 +276,14 @@ class Gate:
             group = Group(tuple(living), group.released_ns)
         self._in_flight += 1
         place.running += 1
-        self._latest = sending = _Sending(place)
+        self._latest = sending = Sending(place)
         # An empty context: one client's disconnect, deadline or trace must not reach the others.
         context = contextvars.Context()
         future = context.run(self._run, group, sending)
         self._running.add(future)  # the loop itself holds tasks only weakly
         future.add_done_callback(partial(self._done, group, sending), context=context)
 
-    def _run(self, group: Group, sending: _Sending) -> asyncio.Future[Outcome]:
+    def _run(self, group: Group, sending: Sending) -> asyncio.Future[Outcome]:
         try:
             return asyncio.ensure_future(self._execute(group, sending))
         except Exception as error:
@@ -313,7 +291,7 @@ class Gate:
             failed.set_exception(error)
             return failed
 
-    def _done(self, group: Group, sending: _Sending, future: asyncio.Future[Outcome]) -> None:
+    def _done(self, group: Group, sending: Sending, future: asyncio.Future[Outcome]) -> None:
         """Whatever happened, the place is free again, and every member is answered.
 
         But the instance waits neither for the answers nor for what their clients send next: what
@@ -342,9 +320,7 @@ class Gate:
         except MantaError as error:
             self._answers.fail(group, error, self._clock())
         except (Exception, asyncio.CancelledError):
-            logger.exception("a batch of model '%s' failed", self._model_name)
-            failure = Internal(f"the server failed to execute model '{self._model_name}'")
-            self._answers.fail(group, failure, self._clock())
+            self._broken(group)
         self._in_flight -= 1
         self._pump(self._clock())
 
@@ -353,11 +329,15 @@ class Gate:
         try:
             self._answers.settle(group, outcome, self._clock())
         except Exception:
-            logger.exception("a batch of model '%s' failed", self._model_name)
-            failure = Internal(f"the server failed to execute model '{self._model_name}'")
-            self._answers.fail(group, failure, self._clock())
+            self._broken(group)
         self._in_flight -= 1
         self._pump(self._clock())
+
+    def _broken(self, group: Group) -> None:
+        """By something that is nobody's answer."""
+        logger.exception("a batch of model '%s' failed", self._model_name)
+        failure = Internal(f"the server failed to execute model '{self._model_name}'")
+        self._answers.fail(group, failure, self._clock())
 
     def _put_back(self, group: Group) -> None:
         """Nothing ran: to the front of the queue."""
