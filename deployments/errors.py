@@ -3,7 +3,7 @@
 MantaError
 ├── InvalidArgument      the request is wrong; sending it again will not help
 ├── NotFound             UnknownModel, UnknownVersion, NoAvailableVersion
-├── Unavailable          NotReady, Unloadable, QueueFull, QueueTimeout, NoActiveInstance,
+├── Unavailable          NotReady, NoReplica, QueueFull, QueueTimeout, NoActiveInstance,
 │                        ReplicaLost, ShuttingDown, ControlDisabled
 ├── Unsupported          known to the protocol, not done here
 ├── Internal             LoadFailed, ExecutionFailed; also malformed JSON, as Triton has it
@@ -115,8 +115,8 @@ class NotReady(Unavailable):
     text = "Request for unknown model: '{0}' version {1} is not at ready state"
 
 
-class Unloadable(Unavailable):
-    """Facts: model name, version, why. Its replicas do not load any more."""
+class NoReplica(Unavailable):
+    """Facts: model name, version, why. None of its replicas loads any more."""
 
     text = "model '{0}' version {1} is not at ready state: {2}"
 

@@ -27,7 +27,7 @@ from .batcher import Batcher, Collect, serve_collect
 from .census import Census, census
 from .client import Origin, Reach
 from .directory import Directory
-from .errors import Internal, MantaError, NoActiveInstance, Unavailable, Unloadable
+from .errors import Internal, MantaError, NoActiveInstance, NoReplica, Unavailable
 from .gate import Gate
 from .gauges import Gauges, sources
 from .grpc_services import PROXY_METHODS, GrpcServicer, add_services
@@ -208,7 +208,7 @@ class Router:
             self._lines[application] = line
             line.places.follow(version.targets)
             if version.state is ModelState.UNAVAILABLE:  # nobody comes to answer what waits
-                line.gate.refuse(Unloadable(version.model_name, version.version, version.reason))
+                line.gate.refuse(NoReplica(version.model_name, version.version, version.reason))
             line.gate.pump()
         self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
         for application in [name for name in self._lines if name not in wanted]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from configs.autoscaling import Autoscaling
 
@@ -29,6 +28,14 @@ FRESH_S = 3.0
 RETRY_S = 5.0
 
 
+class Serve(Protocol):
+    """What is asked of Ray Serve: `applications`."""
+
+    def scale(self, name: str, deployment: str, count: int) -> None: ...
+
+    def remember(self, name: str, facts: bytes) -> None: ...
+
+
 class _Scaled:
     """What is remembered of one generation."""
 
@@ -41,7 +48,7 @@ class _Scaled:
 
 
 class Scaling:
-    """`lock` is that of a model's loads, `load` what Routers have told of a version since a time;
+    """`lock` is that of a model's loads, `load` what Routers have told of a version since a time.
     `wake_limit_s`: when a version that wakes counts as one that does not."""
 
     def __init__(
@@ -52,6 +59,7 @@ class Scaling:
         announce: Callable[[], Coroutine[Any, Any, None]],
         tell: Callable[[str], None],
         wake_limit_s: float,
+        serve: Serve = applications,
     ) -> None:
         self._catalogue = catalogue
         self._lock = lock
@@ -59,6 +67,7 @@ class Scaling:
         self._announce = announce
         self._tell = tell
         self._wake_limit_s = wake_limit_s
+        self._serve = serve
         self._scaled: dict[str, _Scaled] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -95,7 +104,7 @@ class Scaling:
         load = self._load(key, now_s - FRESH_S)
         wanted = one.autoscaler.wanted(load, generation.count, now_s)
         if any(generation.replicas.get(name) != wanted for name in generation.autoscaling):
-            one.task = self._own(self._scale(version, generation, one, wanted, load))
+            one.task = self._own(self._scale(version, generation, one, wanted, load, now_s))
 
     def _watch_waking(
         self, version: Version, generation: Generation, one: _Scaled, now_s: float
@@ -121,7 +130,13 @@ class Scaling:
         return task
 
     async def _scale(
-        self, version: Version, generation: Generation, one: _Scaled, wanted: int, load: Load
+        self,
+        version: Version,
+        generation: Generation,
+        one: _Scaled,
+        wanted: int,
+        load: Load,
+        now_s: float,
     ) -> None:
         async with self._lock(version.model_name):
             if version.current is not generation or self._catalogue.closing:
@@ -130,7 +145,7 @@ class Scaling:
             try:
                 await self._ask(generation, wanted)
             except Exception as error:  # Serve's controller may be restarting
-                one.retry_s = time.monotonic() + RETRY_S
+                one.retry_s = now_s + RETRY_S
                 logger.warning("%s is not scaled yet: %s", generation.application, error)
                 return
             generation.waking = before == 0 and wanted > 0
@@ -145,9 +160,7 @@ class Scaling:
     async def _ask(self, generation: Generation, wanted: int) -> None:
         """A deployment counts as scaled once Serve has taken it, whatever comes of the others."""
         if wanted == 0:
-            await asyncio.to_thread(
-                applications.remember, generation.application, facts(generation)
-            )
+            await asyncio.to_thread(self._serve.remember, generation.application, facts(generation))
         for name in generation.autoscaling:
-            await asyncio.to_thread(applications.scale, generation.application, name, wanted)
+            await asyncio.to_thread(self._serve.scale, generation.application, name, wanted)
             generation.replicas = {**generation.replicas, name: wanted}

@@ -142,7 +142,12 @@ def test_a_burst_scales_up_quiet_scales_down_and_no_request_is_lost(scaling: Ser
                 wait_for, lambda: len(set(burst.pids[before:])) == 3, 60, "all three answer"
             )
             assert replicas(scaling, "fixed") == (1, 1)  # the control
-            await asyncio.gather(burst.begin(1, pause_s=0.3), fixed.end())
+            await asyncio.gather(burst.begin(2), fixed.end())
+            # Whoever leaves first may be at work.
+            await asyncio.to_thread(
+                wait_for, lambda: replicas(scaling, "burst") != (3, 3), 60, "one leaves"
+            )
+            await burst.begin(1, pause_s=0.3)
             seen = await until(scaling, "burst", (1, 1))
             assert all(1 <= wanted <= 3 for wanted, _ in seen)
             before = len(burst.pids)
@@ -184,6 +189,22 @@ def test_a_model_at_zero_is_ready_and_answers_whoever_asks(scaling: Server, prot
             assert await client.is_model_ready("sleeper")
 
     asyncio.run(run())
+
+
+def test_requests_that_come_just_when_the_last_replica_goes_are_answered(
+    scaling: Server,
+) -> None:
+    """Pauses about as long as it takes to fall asleep."""
+
+    async def run() -> None:
+        asked = {"s": np.full((1, 1), SECONDS, np.float32)}
+        async with aio_client(scaling, "http") as client:
+            for number in range(10):
+                assert (await infer_aio(client, "sleeper", asked)).as_numpy("pid")[0, 0] > 0
+                await asyncio.sleep(1.0 + 0.15 * number)
+
+    asyncio.run(run())
+    assert "version 1 is scaled from 1 to 0" in scaling.output()
 
 
 def test_what_wakes_and_does_not_load_fails_its_requests_clearly(scaling: Server) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from configs import pbtxt
 from configs.autoscaling import Autoscaling, check, parse
 from configs.errors import ConfigError
 from configs.model import DynamicBatching, InstanceGroup, ModelConfig
@@ -91,6 +92,12 @@ def test_models_that_cannot_be_scaled(
     with pytest.raises(ConfigError, match=f"server's settings.*{reason}"):
         plan(bare, parse_parameters(bare)[0], settings, 0)
     plan(bare, parse_parameters(bare)[0], ServerSettings(), 0)  # the control
+
+
+def test_it_comes_back_from_what_manta_config_prints() -> None:
+    config = model(AUTOSCALING='{"min_count": 0, "max_count": 3}')
+    again = pbtxt.parse(pbtxt.to_text(config), "m/config.pbtxt", "m", partial=True)
+    assert again.parameters == config.parameters
 
 
 def test_a_group_without_a_count_begins_with_one() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.autoscaling import Autoscaling
@@ -137,6 +137,7 @@ LOADS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     bounds=st.tuples(st.integers(0, 6), st.integers(1, 6)).filter(lambda b: b[0] <= b[1]),
     delays=st.tuples(st.integers(0, 5), st.integers(0, 5)),
