@@ -7,6 +7,7 @@ the lifecycle, when it starts.
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import time
 from collections import defaultdict
@@ -20,6 +21,8 @@ from . import applications
 from .catalogue import Catalogue, Generation
 from .overrides import Overrides
 from .types import ModelState, Override, ReplicaReport
+
+logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
 ADOPTION_S = 5.0
@@ -123,4 +126,8 @@ class Adoption:
             first = reports[0]
             return _Facts(first.config, first.fingerprint, first.override, {})
         kept = await asyncio.to_thread(applications.recall, application)
-        return None if kept is None else pickle.loads(kept)
+        try:
+            return None if kept is None else pickle.loads(kept)
+        except Exception:  # written by another version of this code: it is loaded anew
+            logger.exception("what is remembered of %s cannot be read", application)
+            return None

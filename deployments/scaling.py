@@ -148,7 +148,9 @@ class Scaling:
                 one.retry_s = now_s + RETRY_S
                 logger.warning("%s is not scaled yet: %s", generation.application, error)
                 return
-            generation.waking = before == 0 and wanted > 0
+            finally:  # some of it may have been done; and more may come while the first is awaited
+                awaited = before == 0 or generation.waking
+                generation.waking = generation.count > 0 and awaited
             if wanted == 0:
                 generation.rest()
             self._tell(

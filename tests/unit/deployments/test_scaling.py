@@ -147,6 +147,27 @@ async def test_to_zero_and_back() -> None:
 
 
 @drive
+async def test_more_may_be_asked_for_while_the_first_is_awaited() -> None:
+    bench = Bench(0)
+    assert await bench.look(1, queued=1) == [("m_0", 1)]
+    assert await bench.look(2, queued=9) == [("m_0", 3)]
+    assert bench.generation.resting
+
+
+@drive
+async def test_a_half_woken_version_rests_until_a_replica_is_there() -> None:
+    bench = Bench(0, deployments=2)
+    bench.serve.down.add("m_1")
+    assert await bench.look(1, queued=1) == [("m_0", 1)]
+    assert bench.generation.resting
+    bench.serve.down.clear()
+    assert await bench.look(int(RETRY_S), queued=1) == [("m_0", 1), ("m_1", 1)]
+    assert bench.generation.resting
+    bench.report("new")
+    assert not bench.generation.resting
+
+
+@drive
 async def test_one_that_does_not_wake_in_time_is_not_ready_any_more() -> None:
     bench = Bench(0)
     await bench.look(1, queued=1)
