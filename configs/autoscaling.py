@@ -79,8 +79,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(error: ValidationError) -> str:
-    """The first thing that is wrong, by the field's name."""
-    first = error.errors()[0]
+    """What is wrong, by the field's name: one that is not known, or the first."""
+    found = error.errors()
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         known = ", ".join(Autoscaling.model_fields)
