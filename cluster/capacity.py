@@ -39,7 +39,8 @@ class GpuShare:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One instance group of one version, on one GPU where it lists several."""
+    """One instance group of one version, on one GPU where it lists several; of a group that is
+    scaled, all that there may be."""
 
     model: str
     version: int
@@ -97,7 +98,7 @@ def _demand(plan: Plan, placement: GroupPlacement, parameters: ModelParameters) 
         model=plan.found.name,
         version=plan.number,
         kind=placement.kind,
-        processes=placement.replicas,
+        processes=placement.most,
         instances=placement.instances,
         cpus=_cpus(placement, parameters, share is not None),
         process_mib=process + math.ceil(copies * weights),
@@ -109,12 +110,12 @@ def _cpus(placement: GroupPlacement, parameters: ModelParameters, on_gpu: bool) 
     """What the model says (CPU_FRACTION), else a CPU for each of its threads that compute; on a
     GPU, one that feeds it."""
     if parameters.cpu_fraction is not None:
-        return placement.replicas * parameters.cpu_fraction
+        return placement.most * parameters.cpu_fraction
     if placement.passive:
-        return placement.replicas * placement.num_cpus
+        return placement.most * placement.num_cpus
     threads = parameters.intra_op_thread_count or parameters.num_threads
     each = 1 if on_gpu else placement.instances * max(1, threads)
-    return float(placement.replicas * each)
+    return float(placement.most * each)
 
 
 def weights_mib(folder: Path) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from . import autoscaling
+from .autoscaling import Autoscaling
 from .complete import RuntimeKind, runtime_kind
 from .errors import ConfigError
 from .model import ModelConfig
@@ -51,6 +53,7 @@ class ModelParameters(BaseModel):
     cpu_fraction: float | None = None
     model_gpus: int | None = None
     force_cpu_only_input_tensors: bool = True
+    autoscaling: Autoscaling | None = None
 
 
 # --- rules: the text of a value -> the value, or ValueError with the reason ---------------------
@@ -169,6 +172,7 @@ RULES: dict[str, _Rule] = {
     "GPU_FRACTION": _Rule(_gpu_fraction, _ALL),
     "CPU_FRACTION": _Rule(_cpu_fraction, _ALL),
     "MODEL_GPUS": _Rule(_whole_gpus, _ALL),
+    autoscaling.PARAMETER: _Rule(autoscaling.parse, _ALL),
     # Inputs come from the Router, in host memory: both values give the model the same.
     "FORCE_CPU_ONLY_INPUT_TENSORS": _Rule(_yes, _PYTHON),
 }
@@ -223,6 +227,10 @@ def parse_parameters(
             "ENABLE_WEIGHT_SHARING several share one model",
             field='parameters["ENABLE_CUDA_GRAPHS"]',
         )
+    scaling = values.get("autoscaling")
+    if scaling is not None:
+        sharing = values.get("enable_weight_sharing", False)
+        autoscaling.check(scaling, config, sharing, by_server=False)
     return ModelParameters(**values), warnings
 
 

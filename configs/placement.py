@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from . import autoscaling
+from .autoscaling import Autoscaling
 from .errors import ConfigError
 from .model import InstanceGroup, ModelConfig
 from .parameters import ModelParameters
@@ -21,7 +23,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class GroupPlacement:
-    """`replicas` processes with `instances` threads each.
+    """`replicas` processes with `instances` threads each; with `autoscaling`, to begin with.
 
     `resources` ties a replica to the GPU with index `gpu`: fractions alone never place.
     """
@@ -35,6 +37,12 @@ class GroupPlacement:
     num_gpus: float
     resources: dict[str, float]
     passive: bool = False
+    autoscaling: Autoscaling | None = None
+
+    @property
+    def most(self) -> int:
+        """How many replicas there may be at a time."""
+        return self.autoscaling.max_count if self.autoscaling else self.replicas
 
     def without_resources(self) -> GroupPlacement:
         """For nodes that do not advertise their GPUs by index."""
@@ -45,17 +53,31 @@ def plan(
     config: ModelConfig, parameters: ModelParameters, settings: ServerSettings, gpu_count: int
 ) -> tuple[GroupPlacement, ...]:
     """Placements of a normalised configuration; raises ConfigError naming group and parameter."""
+    scaling = _scaling(config, parameters, settings)
     planned: list[GroupPlacement] = []
     names: set[str] = set()
     used: dict[int, float] = defaultdict(float)
     for index, group in enumerate(config.instance_group):
-        for one in _place(index, group, parameters, settings, gpu_count):
+        for placed in _place(index, group, parameters, settings, gpu_count):
+            one = placed if group.passive else replace(placed, autoscaling=scaling)
             if one.gpu is not None:
-                used[one.gpu] += one.replicas * one.num_gpus
+                used[one.gpu] += one.most * one.num_gpus
                 _check_fit(group, index, one, used[one.gpu], parameters)
             planned.append(replace(one, deployment=_unique(one.deployment, names)))
     _check_whole(planned, len(used), gpu_count)
     return tuple(planned)
+
+
+def _scaling(
+    config: ModelConfig, parameters: ModelParameters, settings: ServerSettings
+) -> Autoscaling | None:
+    """What the server's settings say of this model, and where they do not, the model itself."""
+    if config.name not in settings.autoscaling:
+        return parameters.autoscaling
+    scaling = settings.autoscaling[config.name]
+    if scaling is not None:
+        autoscaling.check(scaling, config, parameters.enable_weight_sharing, by_server=True)
+    return scaling
 
 
 def gpu_resource(index: int) -> str:
@@ -181,7 +203,8 @@ def _check_fit(
     name = "GPU_FRACTION" if parameters.gpu_fraction else "the server's gpu_fraction"
     raise ConfigError(
         f"instance group '{group.name}' does not fit on gpu {placement.gpu}: {name} is "
-        f"{placement.num_gpus:g} and the model's replicas there need {used:g} of 1",
+        f"{placement.num_gpus:g} and the model's replicas there need {used:g} of 1"
+        + (f", all {placement.most} of max_count" if placement.autoscaling else ""),
         field=f"instance_group[{index}]",
     )
 
@@ -189,7 +212,7 @@ def _check_fit(
 def _check_whole(planned: list[GroupPlacement], shared_gpus: int, gpu_count: int) -> None:
     """KIND_MODEL takes whole GPUs: what does not fit would wait for ever."""
     whole = [one for one in planned if one.kind == "KIND_MODEL" and one.num_gpus]
-    wanted = sum(one.replicas * one.num_gpus for one in whole)
+    wanted = sum(one.most * one.num_gpus for one in whole)
     if whole and wanted + shared_gpus > gpu_count:
         others = f", {shared_gpus} more are shared by groups of KIND_GPU" if shared_gpus else ""
         raise ConfigError(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from . import grpc_options, metrics, restricted, stores
+from .autoscaling import Autoscaling
 from .patterns import header_pattern
 from .restricted import RestrictedGroup
 
@@ -237,6 +238,11 @@ class ServerSettings(BaseModel):
     logical_gpus: bool = Field(
         False,
         description="Instances of KIND_GPU run on the CPU: proves placement without hardware.",
+    )
+    autoscaling: dict[str, Autoscaling | None] = Field(
+        {},
+        description="By model, what stands for its AUTOSCALING whatever config.pbtxt says; null is "
+        "none.",
     )
     environment: dict[str, str] = Field(
         default_factory=_replica_environment,

@@ -7,17 +7,47 @@ the lifecycle, when it starts.
 from __future__ import annotations
 
 import asyncio
+import logging
+import pickle
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from configs.autoscaling import Autoscaling
+from configs.model import ModelConfig
 
 from . import applications
 from .catalogue import Catalogue, Generation
 from .overrides import Overrides
-from .types import ModelState, ReplicaReport
+from .types import ModelState, Override, ReplicaReport
+
+logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
 ADOPTION_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What replicas would report of a generation that has none."""
+
+    config: ModelConfig
+    fingerprint: str
+    override: Override | None
+    autoscaling: Mapping[str, Autoscaling]
+
+
+def facts(generation: Generation) -> bytes:
+    """For `applications.remember`, before the last replica goes."""
+    return pickle.dumps(
+        _Facts(
+            generation.config,
+            generation.fingerprint,
+            generation.override,
+            dict(generation.autoscaling),
+        )
+    )
 
 
 class Adoption:
@@ -53,7 +83,8 @@ class Adoption:
     async def _await_strays(self, running: Mapping[str, Mapping[str, int]]) -> None:
         """Replicas report every second; give those of running applications time to be heard."""
         deadline_s = time.monotonic() + ADOPTION_S
-        while time.monotonic() < deadline_s and not all(self._strays[name] for name in running):
+        awaited = [name for name, replicas in running.items() if any(replicas.values())]
+        while time.monotonic() < deadline_s and not all(self._strays[name] for name in awaited):
             await asyncio.sleep(POLL_S)
 
     def _folder(self, application: str) -> str:
@@ -64,18 +95,39 @@ class Adoption:
         reports = [r for r in self._strays[application].values() if r.loaded]
         name, number = applications.parse_application(application)
         version = self._catalogue.version(name, number)
-        if not reports or version.current is not None:
+        if version.current is not None:
             return
-        first = reports[0]
+        known = await self._facts(application, reports)
+        if known is None:
+            return
         newest = not any(one.current for one in self._catalogue.versions(name))
         generation = Generation(
-            application, first.config, first.fingerprint, dict(replicas), override=first.override
+            application,
+            known.config,
+            known.fingerprint,
+            dict(replicas),
+            override=known.override,
+            autoscaling=known.autoscaling,
         )
         generation.settled = True
+        generation.waking = bool(generation.autoscaling) and not reports and generation.count > 0
         for report in reports:
             generation.note(report, time.monotonic())
         version.current, version.state, version.reason = generation, ModelState.READY, ""
         self._overrides.hold(generation.folder)
         if newest:
-            await self._overrides.put(name, first.override)
+            await self._overrides.put(name, known.override)
         self._tell(f"model '{name}' version {number} is adopted")
+
+    async def _facts(self, application: str, reports: list[ReplicaReport]) -> _Facts | None:
+        """By its replicas, or, where it has none, by what was remembered of it. How it is scaled is
+        then found out by the load that follows."""
+        if reports:
+            first = reports[0]
+            return _Facts(first.config, first.fingerprint, first.override, {})
+        kept = await asyncio.to_thread(applications.recall, application)
+        try:
+            return None if kept is None else pickle.loads(kept)
+        except Exception:  # written by another version of this code: it is loaded anew
+            logger.exception("what is remembered of %s cannot be read", application)
+            return None

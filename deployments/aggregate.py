@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import windows
+from .autoscaler import Load
 from .statistics import Delta, Legacy, Recent, Totals, VersionKey, add
 
 # Late totals of an unloaded generation must not bring it back; this many are remembered.
@@ -20,7 +21,8 @@ _REMEMBERED_DROPS = 4096
 @dataclass(frozen=True, slots=True)
 class LoadedVersion:
     """A loaded version with its sums over all Routers. `tags` are its config's `metric_tags`;
-    `recent` is empty where no summaries are kept, and where nothing ran in the last minute."""
+    `recent` is empty where no summaries are kept, and where nothing ran in the last minute.
+    The replicas are the Controller's to fill in."""
 
     key: VersionKey
     load_s: float
@@ -28,6 +30,8 @@ class LoadedVersion:
     pending: int
     tags: Mapping[str, str] = field(default_factory=dict)
     recent: Recent = ()
+    replicas_wanted: int = 0
+    replicas_running: int = 0
 
 
 @dataclass(slots=True)
@@ -46,14 +50,16 @@ class _Open(NamedTuple):
 
 
 class _Gauges(NamedTuple):
-    """What one Router said last of what is now."""
+    """What one Router said last of what is now, and when."""
 
     sequence: int
     pending: Mapping[VersionKey, int]
     recent: Mapping[VersionKey, Recent]
+    running: Mapping[VersionKey, int]
+    heard_s: float
 
 
-_NOTHING = _Gauges(-1, {}, {})
+_NOTHING = _Gauges(-1, {}, {}, {}, 0.0)
 
 
 class Aggregator:
@@ -83,7 +89,7 @@ class Aggregator:
         if len(self._dropped) > _REMEMBERED_DROPS:
             del self._dropped[next(iter(self._dropped))]
 
-    def apply(self, router_id: str, delta: Delta) -> Legacy | None:
+    def apply(self, router_id: str, delta: Delta, now_s: float = 0.0) -> Legacy | None:
         """Counts each state of a Router once, however often and in whatever order it comes.
 
         The answer is what the Router should keep, unless it has it.
@@ -98,7 +104,11 @@ class Aggregator:
             self._inherit()
         if delta.sequence > self._gauges.get(router_id, _NOTHING).sequence:
             self._gauges[router_id] = _Gauges(
-                delta.sequence, dict(delta.pending), dict(delta.recent)
+                delta.sequence,
+                dict(delta.pending),
+                dict(delta.recent),
+                dict(delta.running),
+                now_s,
             )
         return None if delta.legacy.number == self._legacy.number else self._legacy
 
@@ -124,6 +134,21 @@ class Aggregator:
         self._gauges.pop(router_id, None)
         self._gone.add(router_id)
         self._inherit()
+
+    def load(self, key: VersionKey, since_s: float = 0.0) -> Load:
+        """What waits for a version and runs of it in the Routers that were heard since then, and
+        what has ended in all of them."""
+        heard = [gauges for gauges in self._gauges.values() if gauges.heard_s >= since_s]
+        ended = [
+            totals.success + totals.fail
+            for share in self._shares.get(key, {}).values()
+            for totals in (share.base, share.totals)
+        ]
+        return Load(
+            queued=sum(gauges.pending.get(key, 0) for gauges in heard),
+            running=sum(gauges.running.get(key, 0) for gauges in heard),
+            finished=sum(ended),
+        )
 
     def loaded(self) -> tuple[LoadedVersion, ...]:
         """Every open version, by name and version."""

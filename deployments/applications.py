@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 import ray
 from ray import serve
 from ray.serve._private.common import DeploymentID
+from ray.serve._private.storage.kv_store import RayInternalKVStore
 from ray.serve.api import RunTarget
 from ray.serve.context import _get_global_client
 
@@ -110,6 +111,7 @@ def delete(name: str) -> None:
     """Have Serve drain and delete it, within its grace; a missing application is fine."""
     with _SERVE_CALLS:
         serve.delete(name, _blocking=False)
+    _memory().delete(name)
 
 
 def exists(name: str) -> bool:
@@ -118,10 +120,12 @@ def exists(name: str) -> bool:
 
 def live() -> dict[str, dict[str, int]]:
     """Our model applications that Serve runs or starts, newest first, with their deployments and
-    how many replicas each has."""
+    how many replicas each has, but for those that leave."""
     found = {
         name: {
-            deployment: sum(one.replica_states.values())
+            deployment: sum(
+                count for state, count in one.replica_states.items() if state != "STOPPING"
+            )
             for deployment, one in status.deployments.items()
         }
         for name, status in _applications().items()
@@ -166,3 +170,20 @@ def scale(name: str, deployment: str, count: int) -> None:
 
 def node_count() -> int:
     return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+# --- what is known of an application, for a Controller that finds none of its replicas ------------
+
+
+def remember(name: str, facts: bytes) -> None:
+    """Kept where Serve keeps its own, as long as the application."""
+    _memory().put(name, facts)
+
+
+def recall(name: str) -> bytes | None:
+    facts: bytes | None = _memory().get(name)
+    return facts
+
+
+def _memory() -> RayInternalKVStore:
+    return RayInternalKVStore(namespace=PREFIX)

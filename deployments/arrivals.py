@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from configs.autoscaling import Autoscaling
 from configs.server import ServerSettings
 
 from . import applications
@@ -42,7 +43,14 @@ class Arrivals:
         name = applications.application_name(
             plan.found.name, plan.number, applications.generation_number()
         )
-        return Generation(name, plan.config, plan.fingerprint, counts(plan), override=plan.override)
+        return Generation(
+            name,
+            plan.config,
+            plan.fingerprint,
+            counts(plan),
+            override=plan.override,
+            autoscaling=scalings(plan),
+        )
 
     async def bring_up(self, generation: Generation, plan: Plan, cpu_instances: int) -> str:
         """Deploy and wait for every replica's word; the reason when it does not come about."""
@@ -109,10 +117,22 @@ class Arrivals:
             self._tell(f"{place}: {line}")
         passive = {r.deployment for r in generation.reports.values() if r.passive}
         groups = ", ".join(
-            f"{t.deployment} passive" if t.deployment in passive else f"{t.deployment} x {t.slots}"
+            f"{t.deployment} passive"
+            if t.deployment in passive
+            else f"{t.deployment} x {t.slots}{_bounds(generation, t.deployment)}"
             for t in generation.targets()
         )
         self._tell(f"{place} is READY after {duration_s:.1f} s ({groups})")
+
+
+def _bounds(generation: Generation, deployment: str) -> str:
+    scaling = generation.autoscaling.get(deployment)
+    return f", scaled {scaling.min_count} to {scaling.max_count}" if scaling else ""
+
+
+def scalings(plan: Plan) -> dict[str, Autoscaling]:
+    """The deployments that are scaled by what waits for them."""
+    return {one.deployment: one.autoscaling for one in plan.placements if one.autoscaling}
 
 
 def counts(plan: Plan) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from configs.autoscaling import PARAMETER, Autoscaling, unscaled
 from configs.model import ModelConfig
 
 from .types import (
@@ -31,11 +32,13 @@ DISAGREE = "the model's replicas complete its configuration differently; write i
 
 @dataclass
 class Generation:
-    """One application of one model version. `replicas` is how many each deployment wants.
+    """One application of one model version. `replicas` is how many each deployment wants; where
+    `autoscaling` has it, that changes by itself (`scaling`).
 
     `config` is what was planned until the replicas have completed it, and then what clients see:
     once `settled`, a replica that comes to another one does not count. `override`: what it was made
-    of, where that is not what is on disk.
+    of, where that is not what is on disk. `waking`: it had no replica, and the first is awaited;
+    `leaving` are those that it had.
     """
 
     application: str
@@ -46,6 +49,24 @@ class Generation:
     seen_s: dict[str, float] = field(default_factory=dict)
     settled: bool = False
     override: Override | None = None
+    autoscaling: Mapping[str, Autoscaling] = field(default_factory=dict)
+    waking: bool = False
+    leaving: frozenset[str] = frozenset()
+
+    @property
+    def count(self) -> int:
+        """Of each deployment that is scaled; they have the same."""
+        return max((self.replicas.get(name, 0) for name in self.autoscaling), default=0)
+
+    @property
+    def resting(self) -> bool:
+        """It has no replica because nobody asks, or none yet: whoever asks is answered."""
+        return bool(self.autoscaling) and (self.waking or not self.count)
+
+    @property
+    def running(self) -> int:
+        """Replicas that are loaded and healthy, passive ones too."""
+        return sum(1 for name in self.replicas for _ in self._live(name))
 
     @property
     def folder(self) -> str:
@@ -55,7 +76,7 @@ class Generation:
     def note(self, report: ReplicaReport, now_s: float) -> bool:
         """Take a report; true when it changes what Routers or a waiting load should know."""
         before = self.targets(), self.error(), self.complete()
-        if report.draining:
+        if report.draining or report.replica_id in self.leaving:
             self.reports.pop(report.replica_id, None)
             self.seen_s.pop(report.replica_id, None)
         else:
@@ -63,14 +84,27 @@ class Generation:
                 report = replace(report, loaded=False, error=DISAGREE)
             self.reports[report.replica_id] = report
             self.seen_s[report.replica_id] = now_s
+            if report.deployment in self.autoscaling:
+                self.waking = self.waking and not (report.loaded or report.error)
         return before != (self.targets(), self.error(), self.complete())
+
+    def rest(self) -> None:
+        """None of its replicas stays: from now on they get nothing, and are not heard any more."""
+        gone = [one for one in self.reports.values() if one.deployment in self.autoscaling]
+        self.leaving = frozenset(one.replica_id for one in gone)
+        for name in self.leaving:
+            del self.reports[name], self.seen_s[name]
 
     def adjust(self, planned: ModelConfig) -> bool:
         """Take over what may change while its replicas serve on; true if something has."""
+        parameters = {k: v for k, v in self.config.parameters.items() if k != PARAMETER}
+        if PARAMETER in planned.parameters:
+            parameters[PARAMETER] = planned.parameters[PARAMETER]
         config = self.config.model_copy(
             update={
                 "version_policy": planned.version_policy,
                 "instance_group": planned.instance_group,
+                "parameters": parameters,
             }
         )
         changed, self.config = config != self.config, config
@@ -130,8 +164,7 @@ def _alike(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether they make the same replica: what `adjust` takes over may differ."""
     if one == other:
         return True
-    free = {"version_policy": None, "instance_group": ()}
-    return one.model_copy(update=free) == other.model_copy(update=free)
+    return unscaled(one) == unscaled(other)
 
 
 @dataclass
@@ -162,6 +195,7 @@ class Version:
             targets=current.targets() if current else (),
             labels=self.labels,
             load_duration_s=self.load_duration_s,
+            resting=current is not None and current.resting,
         )
 
 
@@ -220,7 +254,7 @@ class Catalogue:
         if not strict:
             return True
         return not self.failed() and all(
-            any(target.slots for target in version.current.targets())
+            version.current.resting or any(target.slots for target in version.current.targets())
             for version in self.versions()
             if version.state is ModelState.READY and version.current is not None
             if not version.current.config.passive

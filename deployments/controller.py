@@ -24,7 +24,7 @@ from configs.server import ServerSettings
 from configs.stores import is_remote
 
 from . import applications
-from .aggregate import Aggregator
+from .aggregate import Aggregator, LoadedVersion
 from .applications import BindModel
 from .catalogue import Catalogue
 from .census import Census, census
@@ -39,6 +39,7 @@ from .mirror import mirrors
 from .names import check_model_name
 from .polling import Poller
 from .repository import Repository
+from .scaling import Scaling
 from .statistics import Delta, Legacy, VersionKey
 from .types import LogSettings, ReplicaReport, Snapshot
 
@@ -81,6 +82,14 @@ class Controller:
         self._first_pass_over = False
         self._aggregator = Aggregator()
         self._counted: set[VersionKey] = set()
+        self._scaling = Scaling(
+            self._catalogue,
+            self._lifecycle.lock,
+            self._aggregator.load,
+            self._announce,
+            self._tell,
+            settings.model_load_timeout_s,
+        )
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._start()), loop.create_task(self._tick())]
 
@@ -145,6 +154,13 @@ class Controller:
                 await self._announce()
             for router_id in self._followers.silent():
                 self._aggregator.retire(router_id)
+            self._scale()
+
+    def _scale(self) -> None:
+        try:
+            self._scaling.look(time.monotonic())
+        except Exception:  # the clock goes on
+            logger.exception("scaling failed")
 
     def _collect(self) -> None:
         """This process's own lines, to where the others' are."""
@@ -207,7 +223,9 @@ class Controller:
         and how it logs: that outlives a Controller. Answers which life of the Controller has them,
         and what the Router should keep for the next.
         """
-        legacy = self._aggregator.apply(router_id, delta)
+        legacy = self._aggregator.apply(router_id, delta, time.monotonic())
+        if delta.pending:  # perhaps for a version that has no replica
+            self._scale()
         if asked:  # and not begun before
             self._followers.counted(router_id)
         for line in lines:
@@ -233,7 +251,14 @@ class Controller:
         self._check_started()
         await self._gather_counts()
         config = metrics.parse(self._settings.metrics_config)
-        return render(self._aggregator.loaded(), config)
+        return render(map(self._with_replicas, self._aggregator.loaded()), config)
+
+    def _with_replicas(self, loaded: LoadedVersion) -> LoadedVersion:
+        generation = self._catalogue.find(loaded.key.generation)
+        if generation is None:
+            return loaded
+        wanted = sum(generation.replicas.values())
+        return replace(loaded, replicas_wanted=wanted, replicas_running=generation.running)
 
     async def _gather_counts(self) -> None:
         """Of all Routers, up to this moment: each says what it has counted only now and then."""

@@ -3,8 +3,8 @@
 MantaError
 ├── InvalidArgument      the request is wrong; sending it again will not help
 ├── NotFound             UnknownModel, UnknownVersion, NoAvailableVersion
-├── Unavailable          NotReady, QueueFull, QueueTimeout, NoActiveInstance, ReplicaLost,
-│                        ShuttingDown, ControlDisabled
+├── Unavailable          NotReady, NoReplica, QueueFull, QueueTimeout, NoActiveInstance,
+│                        ReplicaLost, ShuttingDown, ControlDisabled
 ├── Unsupported          known to the protocol, not done here
 ├── Internal             LoadFailed, ExecutionFailed; also malformed JSON, as Triton has it
 ├── AlreadyExists
@@ -113,6 +113,12 @@ class NotReady(Unavailable):
     """Facts: model name, version."""
 
     text = "Request for unknown model: '{0}' version {1} is not at ready state"
+
+
+class NoReplica(Unavailable):
+    """Facts: model name, version, why. None of its replicas loads any more."""
+
+    text = "model '{0}' version {1} is not at ready state: {2}"
 
 
 class QueueFull(Unavailable):

@@ -191,6 +191,10 @@ class Gate:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.refuse(error)
+
+    def refuse(self, error: MantaError) -> None:
+        """Fails what waits; what comes may wait again."""
         now_ns = self._clock()
         for entry in self._scheduler.clear():
             self._answers.deliver(entry, error, answers.reason(error), now_ns)

@@ -130,7 +130,8 @@ class Inference:
             served = self._versions.find(name, version)
         except (NotFound, Unavailable):
             return False
-        return any(target.slots for target in served.snapshot.targets)
+        known = served.snapshot
+        return known.resting or any(target.slots for target in known.targets)
 
     # --- metadata --------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from .statistics import Recorder, VersionKey
 
 
 class Ledger:
-    """`pending` tells how many requests wait now; `controller` is a handle, whose `push` hears."""
+    """`pending` tells how many requests wait now, and `running` how many batches run; `controller`
+    is a handle, whose `push` hears."""
 
     def __init__(
         self,
@@ -23,12 +24,14 @@ class Ledger:
         log: Tap,
         pending: Callable[[], Mapping[VersionKey, int]],
         recorder: Recorder,
+        running: Callable[[], Mapping[VersionKey, int]] = dict,
     ) -> None:
         self.recorder = recorder
         self._router_id = router_id
         self._controller = controller
         self._log = log
         self._pending = pending
+        self._running = running
         self._lost: set[str] = set()
         self._flushes = 0
         self._epoch = 0
@@ -43,7 +46,7 @@ class Ledger:
         """
         self._flushes += 1
         sequence = self._flushes
-        delta = self.recorder.flush(sequence, self._pending())
+        delta = self.recorder.flush(sequence, self._pending(), self._running())
         lost, self._lost = tuple(self._lost), set()
         lines, settings = self._log.take(), self._log.settings
         try:

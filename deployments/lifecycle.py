@@ -20,13 +20,13 @@ from configs.server import ServerSettings
 from . import applications, overrides
 from .adoption import Adoption
 from .applications import BindModel
-from .arrivals import Arrivals, counts
+from .arrivals import Arrivals, counts, scalings
 from .catalogue import Catalogue, Generation, Version
 from .departures import Departures
 from .errors import Internal, LoadFailed, MantaError, Unsupported
 from .followers import Followers
 from .overrides import Overrides
-from .planner import UNEXPECTED, Plan, Planner
+from .planner import UNEXPECTED, Plan, Planner, kept_at, started_with
 from .repository import Repository
 from .types import ModelState, Override, ReplicaReport
 
@@ -72,6 +72,9 @@ class Lifecycle:
         for one in found:
             if one not in names:
                 self._catalogue.version(one, 0)
+        for one in self._settings.autoscaling:
+            if one not in found:
+                self._tell(f"the settings have autoscaling of '{one}', and there is no such model")
         plans = await asyncio.gather(*(self._prepare_noting(name) for name in names))
         cpu_instances = sum(plan.cpu_instances for model in plans for plan in model)
         await asyncio.gather(
@@ -92,6 +95,10 @@ class Lifecycle:
         if self._settings.load_model == ("*",):
             return sorted(found)
         return sorted(set(self._settings.load_model))
+
+    def lock(self, name: str) -> asyncio.Lock:
+        """Held while a model is loaded, resized or unloaded, and by whoever else changes it."""
+        return self._locks[name]
 
     def stray(self, report: ReplicaReport) -> None:
         self._adoption.stray(report)
@@ -287,17 +294,22 @@ class Lifecycle:
     async def _keep(self, current: Generation, plan: Plan) -> str | None:
         """What serves is what is wanted, but for how many there are of it and for what concerns
         other versions: "", why not, or None where that takes a new generation."""
+        plan = kept_at(plan, current.replicas)
         if dict(current.replicas) != counts(plan):
+            current.waking = current.resting
             async with self._threads:
                 reason = await self._arrivals.resize(current, plan)
             if reason != "":
                 return reason
+        current.autoscaling = scalings(plan)
         if current.adjust(plan.config):
             await self._announce()
         return ""
 
     async def _try(self, version: Version, plan: Plan, cpu_instances: int) -> str:
         """A new generation, and the flip to it if it comes up; "" or why it did not."""
+        if version.current is not None:
+            plan = started_with(plan, version.current.replicas)
         generation = version.loading = self._arrivals.generation(plan)
         self._overrides.hold(generation.folder)
         await self._announce()

@@ -118,6 +118,21 @@ _GAUGES = (
         _one(lambda v: v.load_s),
     ),
 )
+# Our own, of what `scaling` does.
+_REPLICAS = (
+    Family(
+        "manta_replicas_wanted",
+        "gauge",
+        "Replicas that a model version should have now",
+        _one(lambda v: v.replicas_wanted),
+    ),
+    Family(
+        "manta_replicas_running",
+        "gauge",
+        "Replicas of a model version that are loaded and healthy",
+        _one(lambda v: v.replicas_running),
+    ),
+)
 # Under `histogram_latencies`: no series, since only decoupled models have any.
 _FIRST_RESPONSE = Family(
     "nv_inference_first_response_histogram_ms",
@@ -177,7 +192,7 @@ _HISTOGRAMS = (
         _batch_sizes,
     ),
 )
-FAMILIES = (*_COUNTS, *_DURATIONS, *_GAUGES, *_HISTOGRAMS)
+FAMILIES = (*_COUNTS, *_DURATIONS, *_GAUGES, *_REPLICAS, *_HISTOGRAMS)
 
 
 # --- summaries -----------------------------------------------------------------------------------
@@ -236,6 +251,7 @@ def families(config: MetricsConfig) -> Iterator[Family]:
     if config.histogram_latencies:
         yield _FIRST_RESPONSE
     yield from _GAUGES
+    yield from _REPLICAS
     yield from _HISTOGRAMS
 
 

@@ -148,11 +148,19 @@ class _Seat:
 
 
 class Places:
-    """All places of one running application. `changed` is called when one may have become free."""
+    """All places of one running application. `changed` is called when one may have become free,
+    `starved` when something waits and there is none at all."""
 
-    def __init__(self, reach: Reach, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        reach: Reach,
+        changed: Callable[[], None],
+        starved: Callable[[], None] = lambda: None,
+    ) -> None:
         self._reach = reach
         self._changed = changed
+        self._starved = starved
+        self._starving = False
         self._seats: dict[tuple[str, str, int], _Seat] = {}
         self._places: list[Place] = []
         self._leaving: set[asyncio.Task[None]] = set()
@@ -171,8 +179,12 @@ class Places:
     def want(self) -> None:
         for place in self._places:
             place.want()
+        if not self._seats and not self._starving:  # once, until there is news
+            self._starving = True
+            self._starved()
 
     def spare(self) -> None:
+        self._starving = False
         for place in self._places:
             place.spare()
 
@@ -180,6 +192,7 @@ class Places:
 
     def follow(self, targets: Iterable[Target]) -> None:
         """The replicas that live now; batches elsewhere are answered, or fail, by themselves."""
+        self._starving = False
         wanted = {
             (target.deployment, endpoint.replica_id, instance): endpoint
             for target in targets

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from configs.autoscaling import unscaled
 from configs.complete import artifact_filename, runtime_kind
 from configs.errors import ConfigError
 from configs.model import ModelConfig
@@ -49,12 +50,36 @@ class Plan:
 
     @property
     def cpu_instances(self) -> int:
-        """Those that compute."""
+        """Those that compute, as many as there may be."""
         return sum(
-            p.replicas * p.instances
-            for p in self.placements
-            if p.kind == "KIND_CPU" and not p.passive
+            p.most * p.instances for p in self.placements if p.kind == "KIND_CPU" and not p.passive
         )
+
+
+def started_with(plan: Plan, counts: Mapping[str, int]) -> Plan:
+    """The plan of a version that is scaled, beginning where `counts` of it run by deployment; no
+    lower than it says, unless it may not be so high."""
+
+    def at(placement: GroupPlacement) -> GroupPlacement:
+        scaling = placement.autoscaling
+        if scaling is None:
+            return placement
+        count = max(placement.replicas, counts.get(placement.deployment, 0))
+        return replace(placement, replicas=scaling.bounded(count))
+
+    return replace(plan, placements=tuple(map(at, plan.placements)))
+
+
+def kept_at(plan: Plan, counts: Mapping[str, int]) -> Plan:
+    """The same where its replicas stay: as many as run, within the bounds."""
+
+    def at(placement: GroupPlacement) -> GroupPlacement:
+        scaling, count = placement.autoscaling, counts.get(placement.deployment)
+        if scaling is None or count is None:
+            return placement
+        return replace(placement, replicas=scaling.bounded(count))
+
+    return replace(plan, placements=tuple(map(at, plan.placements)))
 
 
 class Cluster(Protocol):
@@ -202,14 +227,16 @@ def fingerprint(
     How many of them there are, and which other versions the policy selects, is none of theirs: such
     changes are made while they serve.
     """
-    same = {"version_policy": None, "instance_group": ()}
     facts = (
         content_hash,
         str(Path(found.path).parent),
         found.given is None,
         config.open_batch,
-        json.dumps(config.model_copy(update=same).model_dump(mode="json"), sort_keys=True),
-        [(replace(p, replicas=0), sorted(p.resources.items())) for p in placements],
+        json.dumps(unscaled(config).model_dump(mode="json"), sort_keys=True),
+        [
+            (replace(p, replicas=0, autoscaling=None), sorted(p.resources.items()))
+            for p in placements
+        ],
         sorted(settings.environment.items()),
         settings.max_execution_s,
         settings.logical_gpus,

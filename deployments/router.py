@@ -27,7 +27,7 @@ from .batcher import Batcher, Collect, serve_collect
 from .census import Census, census
 from .client import Origin, Reach
 from .directory import Directory
-from .errors import Internal, MantaError, NoActiveInstance, Unavailable
+from .errors import Internal, MantaError, NoActiveInstance, NoReplica, Unavailable
 from .gate import Gate
 from .gauges import Gauges, sources
 from .grpc_services import PROXY_METHODS, GrpcServicer, add_services
@@ -43,7 +43,7 @@ from .places import Places
 from .scatter import Scatter
 from .scheduler import policy
 from .statistics import Recorder, VersionKey
-from .types import InferRequest, InferResponse, Snapshot, VersionSnapshot
+from .types import InferRequest, InferResponse, ModelState, Snapshot, VersionSnapshot
 
 logger = logging.getLogger("ray.serve")
 
@@ -89,8 +89,14 @@ class Router:
         self._directory = Directory()
         summaries = metrics.parse(settings.metrics_config).summary_latencies
         self._ledger = Ledger(
-            self._router_id, controller, self._log, self._pending, Recorder(summaries=summaries)
+            self._router_id,
+            controller,
+            self._log,
+            self._pending,
+            Recorder(summaries=summaries),
+            self._running,
         )
+        self._starved = asyncio.Event()
         visible = os.environ.get("MANTA_VISIBLE_DEVICES", "")
         self._gauges = Gauges(sources(settings, visible), settings.metrics_interval_ms / 1000)
         self._lines: dict[str, _Line] = {}
@@ -201,6 +207,8 @@ class Router:
                 continue
             self._lines[application] = line
             line.places.follow(version.targets)
+            if version.state is ModelState.UNAVAILABLE:  # nobody comes to answer what waits
+                line.gate.refuse(NoReplica(version.model_name, version.version, version.reason))
             line.gate.pump()
         self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
         for application in [name for name in self._lines if name not in wanted]:
@@ -213,7 +221,7 @@ class Router:
             self._origin, version.model_name, application, partial(self._ledger.lost, application)
         )
         # Called from a later tick at the earliest, when there is a gate.
-        places = Places(reach, lambda: gate.pump())
+        places = Places(reach, lambda: gate.pump(), self._starved.set)
         batcher = Batcher(
             version.model_name, config.max_batch_size > 0, self._collect, Scatter(config)
         )
@@ -257,13 +265,19 @@ class Router:
     # --- counters --------------------------------------------------------------------------------
 
     async def _flush_forever(self) -> None:
+        """Now and then; at once where something waits for a version that has no replica."""
         while True:
-            await asyncio.sleep(FLUSH_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._starved.wait(), FLUSH_S)
+            self._starved.clear()
             with contextlib.suppress(Exception):
                 await self._ledger.flush()
 
     def _pending(self) -> dict[VersionKey, int]:
         return {line.key: line.gate.pending for line in self._lines.values()}
+
+    def _running(self) -> dict[VersionKey, int]:
+        return {line.key: line.gate.in_flight for line in self._lines.values()}
 
     async def _metrics(self) -> str:
         await self._ask(self._ledger.flush, ANSWER_S)

@@ -137,9 +137,10 @@ class Legacy:
 class Delta:
     """What changed in one Router since the last acknowledged delta, as totals since its start.
 
-    `pending` are the requests that wait now, and `recent` the windows of summaries where these are
-    asked for: gauges, complete each time. `legacy` is complete for a Controller that is new, and
-    else only the number of what this Router has.
+    `pending` are the requests that wait now, `running` the batches that run or are sent ahead, and
+    `recent` the windows of summaries where these are asked for: gauges, complete each time.
+    `legacy` is complete for a Controller that is new, and else only the number of what this Router
+    has.
     """
 
     sequence: int
@@ -147,6 +148,7 @@ class Delta:
     pending: tuple[tuple[VersionKey, int], ...] = ()
     recent: tuple[tuple[VersionKey, Recent], ...] = ()
     legacy: Legacy = Legacy()
+    running: tuple[tuple[VersionKey, int], ...] = ()
 
 
 class Counters:
@@ -259,17 +261,27 @@ class Recorder:
         self._counters.pop(key, None)
         self._known.pop(key, None)
 
-    def flush(self, sequence: int, pending: Mapping[VersionKey, int] | None = None) -> Delta:
+    def flush(
+        self,
+        sequence: int,
+        pending: Mapping[VersionKey, int] | None = None,
+        running: Mapping[VersionKey, int] | None = None,
+    ) -> Delta:
         """`sequence` must grow. What is not acknowledged is in the next delta again."""
         changed = []
         for key, counters in self._counters.items():
             totals = counters.totals()
             if totals.settled != self._known.get(key, (0, 0, 0)):
                 changed.append((key, totals))
-        waiting = tuple((key, count) for key, count in (pending or {}).items() if count)
+        gauges = [
+            tuple((key, count) for key, count in (gauge or {}).items() if count)
+            for gauge in (pending, running)
+        ]
         kept = self._legacy
         legacy = Legacy(0, kept.shares) if self._owed else Legacy(kept.number)
-        self._sent = Delta(sequence, tuple(changed), waiting, self._recent(), legacy)
+        self._sent = Delta(
+            sequence, tuple(changed), gauges[0], self._recent(), legacy, running=gauges[1]
+        )
         return self._sent
 
     def _recent(self) -> tuple[tuple[VersionKey, Recent], ...]:

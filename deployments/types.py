@@ -239,7 +239,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class VersionSnapshot:
-    """One model version as the Controller sees it. `version` 0: the model never got that far."""
+    """One model version as the Controller sees it. `version` 0: the model never got that far.
+
+    `resting`: it has no replica since nobody asks, or not yet again; a request that comes now is
+    held and answered."""
 
     model_name: str
     version: int
@@ -250,6 +253,7 @@ class VersionSnapshot:
     targets: tuple[Target, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     load_duration_s: float = 0.0
+    resting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

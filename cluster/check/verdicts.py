@@ -120,17 +120,21 @@ class Verdicts:
 
 
 def _groups(plan: Plan) -> str:
-    """`2 instances on KIND_CPU`, and so on for each kind."""
-    counts: dict[str, int] = {}
+    """`2 instances on KIND_CPU`, and so on for each kind; `2 (1 to 4)` where they are scaled."""
+    kinds: dict[str, list[GroupPlacement]] = {}
     for one in plan.placements:
-        counts[one.kind] = counts.get(one.kind, 0) + _instances(one)
-    return ", ".join(
-        f"{count} instance{'' if count == 1 else 's'} on {kind}" for kind, count in counts.items()
+        kinds.setdefault(one.kind, []).append(one)
+    return ", ".join(f"{_instances(each)} on {kind}" for kind, each in kinds.items())
+
+
+def _instances(placements: Sequence[GroupPlacement]) -> str:
+    count = sum(one.replicas * one.instances for one in placements)
+    least, most = (
+        sum(getattr(one.autoscaling, bound, one.replicas) * one.instances for one in placements)
+        for bound in ("min_count", "max_count")
     )
-
-
-def _instances(placement: GroupPlacement) -> int:
-    return placement.replicas * placement.instances
+    scaled = "" if least == most else f" ({least} to {most})"
+    return f"{count}{scaled} instance{'' if most == 1 else 's'}"
 
 
 def _named(name: str, text: str) -> str:

@@ -19,6 +19,7 @@ from ray.serve import request_router
 from ray.serve._private.client import ServeControllerClient
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.controller import ServeController
+from ray.serve._private.storage.kv_store import RayInternalKVStore
 from ray.serve.api import RunTarget
 from ray.serve.handle import DeploymentHandle
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -52,6 +53,9 @@ def test_ray_serve() -> None:
     )
     assert "_controller" in vars(ServeControllerClient)["__init__"].__code__.co_names
     assert {"name", "app_name"} <= set(inspect.signature(DeploymentID).parameters)
+    for verb in ("put", "get", "delete"):
+        assert "key" in inspect.signature(getattr(RayInternalKVStore, verb)).parameters
+    assert "namespace" in inspect.signature(RayInternalKVStore).parameters
     assert "_blocking" in inspect.signature(serve.delete).parameters
     assert inspect.iscoroutinefunction(request_router.RequestRouter.choose_replicas)
     assert "__serve_build_asgi_app__" in inspect.getsource(serve.ingress)

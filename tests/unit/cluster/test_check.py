@@ -97,6 +97,19 @@ def test_one_model_read_only(
     assert last == "2 models: 1 good version, 1 error, 0 warnings"
 
 
+def test_bounds_of_instances_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_hanging(tmp_path)
+    config = tmp_path / "hangs" / "config.pbtxt"
+    bounds = '{\\"min_count\\": 0, \\"max_count\\": 3}'
+    scaled = f'\nparameters {{ key: "AUTOSCALING" value {{ string_value: "{bounds}" }} }}\n'
+    config.write_text(config.read_text() + scaled)
+    assert cli.main(["check", str(tmp_path), "--no-load", "--gpus=0"]) == 0
+    assert "eager, 1 (0 to 3) instances on KIND_CPU, not loaded" in capsys.readouterr().out
+    config.write_text(config.read_text().replace("max_count", "max_replicas"))
+    assert cli.main(["check", str(tmp_path), "--no-load", "--gpus=0"]) == 1
+    assert "unknown field 'max_replicas'" in capsys.readouterr().out
+
+
 def test_files_of_compute_capabilities_are_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,14 @@ def test_what_the_model_says_of_cpus_counts(deploy, tmp_path) -> None:
     assert deploy().limits("cpu")["cpu"] == str(5 + ROUTER_CPUS)
 
 
+def test_room_is_for_all_instances_that_there_may_be(deploy, tmp_path) -> None:
+    scaling = parameter("AUTOSCALING", '{\\"min_count\\": 0, \\"max_count\\": 5}')
+    model(tmp_path, "a", f"instance_group {{ kind: KIND_CPU count: 1 }} {scaling}")
+    printed = deploy()
+    assert printed.limits("cpu")["cpu"] == str(5 + ROUTER_CPUS)
+    assert "a      1        KIND_CPU  5          5" in printed.text
+
+
 def test_several_workers_share_it_but_each_holds_one_process(deploy, tmp_path) -> None:
     model(tmp_path, "large", "instance_group { kind: KIND_CPU count: 2 }", mib=3000)
     one, four = deploy(), deploy("--workers=4")

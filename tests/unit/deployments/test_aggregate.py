@@ -7,6 +7,7 @@ from google.protobuf import json_format
 from tritonclient.grpc import service_pb2
 
 from deployments.aggregate import Aggregator
+from deployments.autoscaler import Load
 from deployments.statistics import BatchTotals, Legacy, Recorder, VersionKey
 from deployments.windows import quantiles
 
@@ -140,6 +141,20 @@ def test_routers_are_summed_and_dead_ones_are_not_forgotten():
     (loaded,) = aggregator.loaded()
     assert (loaded.totals.inference_count, loaded.pending) == (4, 5)
     assert loaded.totals.batches == {2: BatchTotals(2, 10, 100, 14)}
+
+
+def test_the_load_is_what_routers_say_that_were_heard_of_late():
+    aggregator = Aggregator()
+    aggregator.open(KEY, 0)
+    for name, now_s in (("a", 10.0), ("b", 12.0)):
+        router = recorder()
+        two_in_a_batch(router.counters(KEY))
+        aggregator.apply(name, router.flush(1, {KEY: 5, OTHER: 0}, {KEY: 2}), now_s)
+    assert aggregator.load(KEY, 9.0) == Load(queued=10, running=4, finished=4)
+    assert aggregator.load(KEY, 11.0) == Load(queued=5, running=2, finished=4)
+    aggregator.retire("b")
+    assert aggregator.load(KEY, 11.0) == Load(finished=4)
+    assert aggregator.load(OTHER) == Load()
 
 
 def test_a_router_that_counts_anew_never_takes_the_sum_back():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.autoscaling import Autoscaling
 from configs.model import InstanceGroup, VersionPolicy
-from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation
+from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation, Version
 from deployments.types import Endpoint, ModelState, Override, ReplicaReport, Target
 from tests import models
 
@@ -176,3 +177,65 @@ def test_a_generation_knows_the_folder_of_the_files_that_it_was_given() -> None:
     assert generation().folder == ""
     given = [Override("{}"), Override("{}", "/somewhere")]
     assert [replace(generation(), override=one).folder for one in given] == ["", "/somewhere"]
+
+
+ZERO = Autoscaling(min_count=0, max_count=3)
+
+
+def scaled(count: int = 1) -> tuple[Catalogue, Version, Generation]:
+    """One that serves, and is scaled, beside a passive group."""
+    catalogue = Catalogue(epoch=1)
+    catalogue.started = True
+    version = catalogue.version("m", 1)
+    version.state = ModelState.READY
+    one = Generation("manta.m.1.7", CONFIG, "h", {"m_0": count, "m_1": 2})
+    one.autoscaling, one.settled = {"m_0": ZERO}, True
+    version.current = one
+    return catalogue, version, one
+
+
+def test_at_zero_and_on_the_way_back_a_version_is_ready() -> None:
+    catalogue, version, one = scaled(0)
+    assert one.count == 0 and one.resting and version.snapshot().resting
+    assert catalogue.ready(strict=True)
+    one.replicas, one.waking = {"m_0": 1, "m_1": 2}, True
+    assert catalogue.ready(strict=True)
+    one.note(report(deployment="m_1", passive=True), 0.0)
+    assert one.waking  # a passive one answers nobody
+    one.note(report("b"), 0.0)
+    assert not one.waking and not one.resting and catalogue.ready(strict=True)
+    one.drop_stale(STALE_S + 1)  # the control: a replica that is lost is none that rests
+    assert not catalogue.ready(strict=True)
+    assert version.snapshot().state is ModelState.READY
+
+
+def test_one_that_wakes_and_does_not_load_is_unavailable() -> None:
+    catalogue, version, one = scaled(1)
+    one.waking = True
+    one.note(report(loaded=False, error="no such file", instances=0), 0.0)
+    told = version.snapshot()
+    assert (told.state, told.reason) == (ModelState.UNAVAILABLE, "no such file")
+    assert not told.resting and not catalogue.ready(strict=True)
+
+
+def test_replicas_that_are_sent_away_get_nothing_and_are_not_heard() -> None:
+    _, _, one = scaled(1)
+    one.note(report("a"), 0.0)
+    one.note(report("p", deployment="m_1", passive=True), 0.0)
+    one.replicas = {"m_0": 0, "m_1": 2}
+    one.rest()
+    assert set(one.reports) == {"p"} and one.targets()[0].slots == 0
+    assert not one.note(report("a"), 1.0) and set(one.reports) == {"p"}
+    one.replicas, one.waking = {"m_0": 1, "m_1": 2}, True
+    one.note(report("a"), 2.0)
+    assert one.waking and one.resting
+    assert one.note(report("b"), 2.0) and one.targets()[0].slots == 1 and not one.waking
+
+
+def test_bounds_are_taken_over_and_make_no_other_replica() -> None:
+    one = generation(1)
+    one.settle()
+    config = CONFIG.model_copy(update={"parameters": {"AUTOSCALING": '{"max_count": 2}', "K": "v"}})
+    assert one.adjust(config) and one.config.parameters == {"AUTOSCALING": '{"max_count": 2}'}
+    assert one.note(report(), 0.0) and one.targets() == target("a")  # it has its spec's bounds
+    assert one.adjust(CONFIG) and one.config == CONFIG

@@ -8,7 +8,7 @@ import pytest
 from deployments import errors
 from deployments.errors import GRPC_STATUS, HTTP_STATUS, Code, MantaError
 
-FACTS = ("m", 3)
+FACTS = ("m", 3, "why")
 
 
 def tree(root):

@@ -12,6 +12,7 @@ from deployments.batcher import MemberResult
 from deployments.errors import (
     ExecutionFailed,
     Internal,
+    NoReplica,
     QueueTimeout,
     ReplicaLost,
     ShuttingDown,
@@ -174,6 +175,22 @@ async def test_close_fails_what_waits_and_answers_what_runs(clock):
     assert all(isinstance(f.exception(), ShuttingDown) for f in futures[1:])
     model.finish()
     assert await futures[0]
+    await gate.drain()
+
+
+@drive
+async def test_what_waits_is_refused_and_what_comes_may_wait_again(clock):
+    gate, model, _ = make(clock)
+    futures = [submit(gate, n) for n in range(3)]
+    await settle()
+    gate.refuse(NoReplica("m", 1, "no such file"))
+    assert all(isinstance(f.exception(), NoReplica) for f in futures[1:])
+    again = submit(gate, 9)
+    model.finish()
+    assert await futures[0]
+    await settle()
+    model.finish()
+    assert await again
     await gate.drain()
 
 

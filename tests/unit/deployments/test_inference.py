@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -346,6 +347,14 @@ def test_readiness_follows_the_snapshot():
     assert inference.live() and not inference.ready()
     server.publish(started=False)
     assert not inference.ready()
+
+
+def test_a_version_without_replicas_is_ready_only_if_it_rests():
+    server = Server()
+    for resting in (True, False):
+        server.versions = [replace(v, targets=(), resting=resting) for v in server.versions]
+        server.publish()
+        assert server.inference.model_ready("linear", "") is resting
 
 
 def test_a_model_without_a_live_instance_is_not_ready():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -66,10 +67,16 @@ def test_each_family_has_one_help_and_one_type_before_its_samples():
         assert lines[at + 1] == f"# TYPE {family.name} {family.kind}"
         own = [i for i, line in enumerate(lines) if line.startswith(family.name) and i > at]
         assert own == list(range(at + 2, at + 2 + len(own)))
-        count = 2 * (len(EMPTY) + 2) if family.name.startswith("manta") else 2
+        count = 2 * (len(EMPTY) + 2) if family.kind == "histogram" else 2
         count = {"nv_inference_request_failure": 8, "manta_batch_size": 26}.get(family.name, count)
         assert len(own) == count
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_how_many_replicas_there_should_be_and_are():
+    page = render([replace(loaded(), replicas_wanted=3, replicas_running=1)])
+    assert 'manta_replicas_wanted{model="m",version="1"} 3' in page
+    assert 'manta_replicas_running{model="m",version="1"} 1' in page
 
 
 def test_the_page_ends_with_a_newline_and_parses():

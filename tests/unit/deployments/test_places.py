@@ -293,3 +293,27 @@ def test_what_a_place_raises_is_the_clients():
 
 async def _awaited(place):
     return await place.execute(BATCH)
+
+
+def test_who_waits_where_no_replica_is_says_so_once_until_there_is_news():
+    async def main(clock):
+        told = []
+        places = Places(Reach(), lambda: None, lambda: told.append(1))
+        places.want()
+        places.want()
+        assert len(told) == 1
+        places.spare()  # answered, or gone
+        places.want()
+        assert len(told) == 2
+        places.follow([target()])  # a change, and still nobody
+        places.want()
+        assert len(told) == 3
+        places.follow([target(elsewhere("a"))])
+        places.want()
+        assert len(told) == 3
+        places.follow([])
+        places.want()
+        assert len(told) == 4
+        await places.aclose()
+
+    run(main)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from configs.autoscaling import Autoscaling
 from configs.errors import ConfigError
 from configs.server import ServerSettings
-from deployments.arrivals import counts
+from deployments.arrivals import counts, scalings
 from deployments.errors import Internal
-from deployments.planner import Planner
+from deployments.planner import Planner, kept_at, started_with
 from deployments.repository import Repository
 from deployments.types import Override
 
@@ -231,3 +232,53 @@ def test_control_everything_else_does(tmp_path):
     seen.add(planner(tmp_path).plan("m")[0][0].fingerprint)
     seen.add(planner(tmp_path).plan("m", Override(GIVEN.replace("8", "0")))[0][0].fingerprint)
     assert len(seen) == 8
+
+
+SCALED = """instance_group {{ kind: KIND_CPU count: {count} }}
+parameters {{ key: "AUTOSCALING" value {{ string_value: "{text}" }} }}
+"""
+
+
+def scaled(count=1, least=0, most=4):
+    text = f'{{"min_count": {least}, "max_count": {most}}}'.replace('"', '\\"')
+    return SCALED.format(count=count, text=text)
+
+
+def test_bounds_and_counts_make_no_other_replicas(tmp_path):
+    write(tmp_path, scaled())
+    plain = CONFIG + "instance_group { kind: KIND_CPU }"
+    fingerprints = set()
+    for text in (CONFIG + scaled(), CONFIG + scaled(2, 1, 3), plain):
+        (tmp_path / "m" / "config.pbtxt").write_text(text)
+        (plan,), failed = planner(tmp_path).plan("m")
+        assert failed == {}
+        fingerprints.add(plan.fingerprint)
+    assert len(fingerprints) == 1
+    (plan,), _ = planner(tmp_path, autoscaling={"m": Autoscaling(max_count=3)}).plan("m")
+    assert plan.fingerprint in fingerprints and scalings(plan) == {"m_0": Autoscaling(max_count=3)}
+    (tmp_path / "m" / "config.pbtxt").write_text(CONFIG + scaled(2))
+    (plan,), _ = planner(tmp_path).plan("m")
+    assert plan.cpu_instances == 4  # what their threads are divided by
+
+
+@pytest.mark.parametrize(
+    ("running", "begins", "stays"), [(0, 2, 1), (1, 2, 1), (3, 3, 3), (9, 4, 4)]
+)
+def test_a_version_that_is_scaled_goes_on_from_what_runs(tmp_path, running, begins, stays):
+    write(tmp_path, scaled(count=2, least=1))
+    (plan,), _ = planner(tmp_path).plan("m")
+    assert counts(started_with(plan, {"m_0": running})) == {"m_0": begins}
+    assert counts(kept_at(plan, {"m_0": running})) == {"m_0": stays}
+    assert counts(started_with(plan, {})) == counts(kept_at(plan, {})) == {"m_0": 2}
+
+
+def test_control_one_that_is_not_has_what_is_written(tmp_path):
+    write(tmp_path, "instance_group { kind: KIND_CPU count: 2 }")
+    (plan,), _ = planner(tmp_path).plan("m")
+    assert started_with(plan, {"m_0": 5}) == kept_at(plan, {"m_0": 5}) == plan
+
+
+def test_one_that_cannot_be_scaled_does_not_load_and_tells_the_line(tmp_path):
+    write(tmp_path, scaled(count=9))
+    plans, failed = planner(tmp_path).plan("m")
+    assert plans == [] and "m/config.pbtxt:5: " in failed[1] and "count 9" in failed[1]
