@@ -29,7 +29,7 @@ class Push:
         self.epoch, self.aggregator = epoch, Aggregator()
         self.aggregator.open(KEY, 0)
 
-    async def remote(self, router_id, delta, lost, lines, settings, asked):
+    async def remote(self, router_id, delta, lost, lines, settings, asked, trace):
         self.calls += 1
         await asyncio.sleep(0)
         if self.down:
@@ -37,6 +37,7 @@ class Push:
         self.lines += lines
         self.lost += lost
         self.asked.append(asked)
+        self.trace = trace
         return self.epoch, self.aggregator.apply(router_id, delta)
 
     def inferences(self):
