@@ -17,12 +17,11 @@ from configs import pbtxt
 from configs.server import ServerSettings
 
 from . import grpc_memory, grpc_wire, log_settings, tensors, trace_settings
-from .directory import Served
 from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
 from .grpc_stubs import service_pb2 as pb
 from .inference import Inference
 from .regions import memory_range
-from .tracing import GRPC, Arrival, carrier_of
+from .tracing import GRPC, Arrival, Tracer, carrier_of
 from .types import (
     InferRequest,
     InferResponse,
@@ -34,7 +33,6 @@ from .types import (
 )
 
 Handler = Callable[[Any, Inference], Awaitable[Any]]
-Metadata = Callable[[], Any]
 
 logger = logging.getLogger("manta.grpc")
 
@@ -237,18 +235,20 @@ async def _model_config(request: Any, inference: Inference) -> Any:
     return pb.ModelConfigResponse(config=pbtxt.to_proto(config))
 
 
-async def _model_infer(request: Any, inference: Inference, metadata: Metadata = tuple) -> Any:
+async def _model_infer(request: Any, inference: Inference, context: Any = None) -> Any:
     # A 404 comes before the tensors.
     served = inference.find(request.model_name, request.model_version)
-    arrival = arrived(served, metadata)
+    tracer = served.gate.tracer
+    arrival = None
+    if tracer is not None:
+        arrival = arrived(tracer, () if context is None else context.invocation_metadata())
     asked = decode(request, inference.settings)
     return encode(await inference.infer(asked, arrival=arrival))
 
 
-def arrived(served: Served, metadata: Metadata) -> Arrival | None:
-    """None, and the metadata are not looked at, where nothing is traced."""
-    tracer = served.gate.tracer
-    return None if tracer is None else tracer.arrive(GRPC, carrier_of(metadata() or ()))
+def arrived(tracer: Tracer, metadata: Any) -> Arrival:
+    """A request of a call with these metadata, if it has any."""
+    return tracer.arrive(GRPC, carrier_of(metadata or ()))
 
 
 async def _model_statistics(request: Any, inference: Inference) -> Any:
@@ -321,12 +321,12 @@ VERBS: Mapping[str, Handler] = {
 STREAM = "ModelStreamInfer"
 
 
-async def handle(verb: str, request: Any, inference: Inference, metadata: Metadata = tuple) -> Any:
-    """The answer to any RPC of the service but STREAM. Raises nothing but MantaError. `metadata`
-    gives the call's own, for a trace."""
+async def handle(verb: str, request: Any, inference: Inference, context: Any = None) -> Any:
+    """The answer to any RPC of the service but STREAM. Raises nothing but MantaError. `context` is
+    the call's, and has its metadata."""
     try:
         if verb == INFER:
-            return await _model_infer(request, inference, metadata)
+            return await _model_infer(request, inference, context)
         return await VERBS[verb](request, inference)
     except MantaError:
         raise

@@ -70,8 +70,7 @@ class GrpcServicer:
         if verb == CHECK:
             return _health(self.inference)
         self.forward(verb, request, context)
-        metadata = lambda: context.invocation_metadata()  # noqa: E731
-        return await handle(verb, request, self.inference, metadata)
+        return await handle(verb, request, self.inference, context)
 
     def forward(self, verb: str, request: Any, context: Any) -> None:
         """Makes parameters of the call's metadata, where the server is told to."""

@@ -181,7 +181,8 @@ class Stream:
         inference = self._inference
         try:
             served = inference.find(message.model_name, message.model_version)
-            arrival = grpc.arrived(served, lambda: self._metadata)
+            tracer = served.gate.tracer
+            arrival = None if tracer is None else grpc.arrived(tracer, self._metadata)
             grpc.add_parameters(message, self._parameters)
             request = grpc.decode(message, inference.settings)
             size = sum(tensor.data.nbytes for tensor in request.inputs)

@@ -32,7 +32,6 @@ from . import (
     page,
     trace_settings,
 )
-from .directory import Served
 from .documents import Document
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
 from .http_body import (
@@ -54,7 +53,7 @@ from .inference import Inference
 from .openapi import OpenApi
 from .regions import Kind
 from .restricted import Guard, Guards, headers
-from .tracing import HTTP, Arrival, carrier
+from .tracing import HTTP, carrier
 from .types import InferRequest
 
 Scope = Message
@@ -130,7 +129,8 @@ class HttpApp:
         announced = headers.get(b"inference-header-content-length")
         body = await self._body(headers, receive, announced)
         json_bytes = http_infer.header_length(announced, len(body))
-        arrival = _arrival(served, headers)
+        tracer = served.gate.tracer
+        arrival = None if tracer is None else tracer.arrive(HTTP, carrier(headers))
         request = http_infer.decode(served.config, version, body, json_bytes, self._settings)
         request = self._with_headers(request, scope)
         ticket = self.inference.submit(request, arrival=arrival)
@@ -166,7 +166,8 @@ class HttpApp:
         headers = fold(request.scope["headers"])
         http_generate.check_coding(headers)
         body = await self._body(headers, request.receive)
-        arrival = _arrival(served, headers)
+        tracer = served.gate.tracer
+        arrival = None if tracer is None else tracer.arrive(HTTP, carrier(headers))
         asked = http_generate.decode(served.config, version, body, self._settings)
         ticket = self.inference.submit(self._with_headers(asked, request.scope), arrival=arrival)
         await until_done(ticket.future, request.receive)
@@ -319,12 +320,6 @@ class HttpApp:
             await self._document(request), "parameters", dict, {}
         )
         return parameters
-
-
-def _arrival(served: Served, headers: Headers) -> Arrival | None:
-    """None where nothing is traced."""
-    tracer = served.gate.tracer
-    return None if tracer is None else tracer.arrive(HTTP, carrier(headers))
 
 
 # --- replies -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from .tracing import Carrier, Finished, Parent
 
 logger = logging.getLogger("manta.trace")
 
-MAX_WAITING = 4096
+MAX_WAITING, MAX_WAITING_BYTES = 4096, 64 << 20
 MAX_ROUTERS = 1024
 _OPEN, _BETWEEN, _CLOSE = b"[\n", b",\n", b"\n]\n"
 
@@ -39,10 +40,11 @@ class TraceFile:
         self._waiting: queue.Queue[Finished | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="manta-traces", daemon=True)
         self._lost = 0
+        self._put_bytes = self._got_bytes = 0  # of tensors; each of them is one thread's own
         self._failed = False
-        self._file: _Array | None = None
-        self._index = -1
-        self._in_file = 0
+        self._all: _Array | None = None  # of those without a log frequency
+        self._some: _Array | None = None
+        self._index, self._in_file = 0, 0
         self._thread.start()
 
     def parent(self, carrier: Carrier) -> Parent | None:
@@ -50,8 +52,12 @@ class TraceFile:
         return None
 
     def take(self, trace: Finished) -> None:
+        size = sum(tensor.data.nbytes for tensor in trace.tensors)
         try:
+            if size and self._put_bytes + size - self._got_bytes > MAX_WAITING_BYTES:
+                raise queue.Full
             self._waiting.put_nowait(trace)
+            self._put_bytes += size
         except queue.Full:
             self._lost += 1
             if self._lost == 1:
@@ -73,13 +79,13 @@ class TraceFile:
                 while len(batch) < MAX_WAITING:
                     batch.append(self._waiting.get_nowait())
             ended = None in batch
+            found = [trace for trace in batch if trace is not None]
             try:
-                self._write([trace for trace in batch if trace is not None])
+                self._write(found)
                 self._failed = False
             except Exception as error:
                 self._tell(error)
-        if self._file is not None:
-            self._file.close()
+            self._got_bytes += sum(t.data.nbytes for trace in found for t in trace.tensors)
         if self._lock >= 0:
             os.close(self._lock)
 
@@ -91,58 +97,44 @@ class TraceFile:
         self._failed = True
 
     def _write(self, traces: list[Finished]) -> None:
-        """One write for all that go to the same file."""
-        events: list[bytes] = []
-        for trace in traces:
-            if self._is_over(trace.settings.log_frequency):
-                self._append(events)
-                events = []
-                self._turn(trace.settings.log_frequency)
-            self._in_file += 1
-            events += [json.dumps(event).encode() for event in events_of(trace)]
-        self._append(events)
+        """One write for all that follow each other in one file."""
+        for place, group in itertools.groupby(traces, self._place):
+            events = (event for trace in group for event in events_of(trace))
+            place.append([json.dumps(event).encode() for event in events])
 
-    def _is_over(self, frequency: int) -> bool:
-        if self._file is None or (frequency > 0) != (self._index >= 0):
-            return True
-        return 0 < frequency <= self._in_file
-
-    def _turn(self, frequency: int) -> None:
-        """To the next file, or between the one of all and those with numbers."""
+    def _place(self, trace: Finished) -> _Array:
         if self._lock < 0:
             self._path, self._lock = claim(self._path)
-        before, self._file, self._in_file = self._file, None, 0
-        if before is not None:
-            before.close()
-        name = str(self._path)
-        if frequency > 0:
+        frequency = trace.settings.log_frequency
+        if frequency == 0:
+            if self._all is None:
+                self._all = _Array(str(self._path))
+            return self._all
+        if self._some is None or self._in_file >= frequency:
+            self._some, self._in_file = _Array(f"{self._path}.{self._index}"), 0
             self._index += 1
-            name += f".{self._index}"
-        else:
-            self._index = -1
-        self._file = _Array(name)
-
-    def _append(self, events: list[bytes]) -> None:
-        if events and self._file is not None:
-            self._file.append(events)
+        self._in_file += 1
+        return self._some
 
 
 class _Array:
     """A file that holds a whole JSON array after each write."""
 
     def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        self._path = path
         self._end = 0  # of the last event
 
     def append(self, events: list[bytes]) -> None:
         data = (_BETWEEN if self._end else _OPEN) + _BETWEEN.join(events) + _CLOSE
-        written = 0
-        while written < len(data):
-            written += os.pwrite(self._file, data[written:], self._end + written)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if self._end else os.O_TRUNC)
+        file = os.open(self._path, flags, 0o640)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(file, data[written:], self._end + written)
+        finally:
+            os.close(file)
         self._end += len(data) - len(_CLOSE)
-
-    def close(self) -> None:
-        os.close(self._file)
 
 
 def claim(path: Path) -> tuple[Path, int]:

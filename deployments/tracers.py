@@ -17,7 +17,7 @@ from .trace_file import TraceFile
 from .tracing import Sampler, Sink, Tracer
 from .types import TraceChanges, TraceSettings
 
-CLOSE_S = 5.0
+CLOSE_S = 3.0
 
 
 class Tracers:

@@ -30,6 +30,7 @@ Carrier: TypeAlias = tuple[bytes, bytes]
 Stamps: TypeAlias = tuple[tuple[str, int], ...]
 TIMESTAMPS, TENSORS = "TIMESTAMPS", "TENSORS"
 MAX_ERROR_CHARS = 1024
+LEFT = "the client is gone"
 
 
 class Edge(NamedTuple):
@@ -239,7 +240,7 @@ class Trace:
     def left(self) -> None:
         """Its client is gone."""
         now_ns = self._tracer.clock()
-        self._end(Cancelled(), now_ns, now_ns)
+        self._end(Cancelled(LEFT), now_ns, now_ns)
 
     def refused(self, error: MantaError) -> None:
         """It does not even wait."""
