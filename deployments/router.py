@@ -236,10 +236,7 @@ class Router:
 
     def _trace(self, line: _Line) -> None:
         key, gate = line.key, line.gate
-        try:
-            gate.trace(self._tracers.tracer(key.model, key.version, line.config, gate.tracer))
-        except Exception:  # of the exporter's packages or settings: what is served is served
-            logger.exception("model '%s' cannot be traced", key.model)
+        gate.trace(self._tracers.tracer(key.model, key.version, line.config, gate.tracer))
 
     def _let_go(self, application: str) -> None:
         """No new requests reach it; what it has is answered, then the Controller may delete it.

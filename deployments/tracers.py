@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 
 from configs.model import ModelConfig
 from configs.tracing import OPENTELEMETRY, TraceConfig
@@ -16,6 +17,8 @@ from . import trace_settings
 from .trace_file import TraceFile
 from .tracing import Sampler, Sink, Tracer
 from .types import TraceChanges, TraceSettings
+
+logger = logging.getLogger("manta.trace")
 
 CLOSE_S = 3.0
 
@@ -26,6 +29,7 @@ class Tracers:
     def __init__(self, config: TraceConfig, sink: Sink | None = None) -> None:
         self._config = config
         self._sink = sink
+        self._failed = False
         self.changes = TraceChanges()
         self._numbers = itertools.count(1)
         # By scope: what it was made of, and the sampler; one of all models' for those without.
@@ -44,12 +48,13 @@ class Tracers:
     ) -> Tracer | None:
         """None where nothing of it is traced; `before` where nothing has changed."""
         settings = trace_settings.of(self._config, self.changes, model)
-        if not settings.level:
+        if not settings.level or not self._open():
             return None
         sampler = self._sampler(model if model in self.changes.scopes else "", settings)
         if before is not None and before.sampler is sampler:
             return before
-        return Tracer(model, version, config, settings, sampler, self._open(), self._numbers)
+        assert self._sink is not None  # it is open
+        return Tracer(model, version, config, settings, sampler, self._sink, self._numbers)
 
     def _sampler(self, scope: str, settings: TraceSettings) -> Sampler:
         """Counts anew when it was set anew."""
@@ -61,18 +66,27 @@ class Tracers:
             self._samplers[scope] = known
         return known[2]
 
-    def _open(self) -> Sink:
-        if self._sink is None:
-            if self._config.mode == OPENTELEMETRY:
-                from . import spans  # it needs packages that no other mode does
-
-                self._sink = spans.otlp(self._config)
-            else:
-                self._sink = TraceFile(self._config.file)
-        return self._sink
+    def _open(self) -> bool:
+        """Whether there is somewhere for traces to go. What a node lacks for that costs traces and
+        never a Router, and is told of once."""
+        if self._sink is None and not self._failed:
+            try:
+                self._sink = _sink(self._config)
+            except Exception:
+                self._failed = True
+                logger.exception("nothing can be traced")
+        return self._sink is not None
 
     async def aclose(self) -> None:
         """What was traced is written, or sent, within a limit."""
         close = getattr(self._sink, "close", None)
         if close is not None:
             await asyncio.to_thread(close, CLOSE_S)
+
+
+def _sink(config: TraceConfig) -> Sink:
+    if config.mode != OPENTELEMETRY:
+        return TraceFile(config.file)
+    from . import spans  # it needs packages that no other mode does
+
+    return spans.otlp(config)

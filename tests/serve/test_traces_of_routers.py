@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import httpx
@@ -11,6 +10,7 @@ import tritonclient.http as httpclient
 
 from tests.serve.clients import infer
 from tests.serve.server import Server, wait_for
+from tests.serve.traces import events
 
 REQUESTS = 40
 
@@ -28,8 +28,7 @@ def test_each_router_writes_its_own_file_whole(pair: Server, traces: Path) -> No
     files = [traces / "pair.json", traces / "pair.json.router2"]
 
     def ids() -> list[list[str]]:
-        events = [json.loads(path.read_text()) for path in files if path.exists()]
-        return [[e["request_id"] for e in each if "request_id" in e] for each in events]
+        return [[e["request_id"] for e in events(each) if "request_id" in e] for each in files]
 
     wait_for(lambda: sum(map(len, ids())) == REQUESTS, 15, "every request is in a file")
     first, second = ids()

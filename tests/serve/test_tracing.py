@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.serve.clients import infer
 from tests.serve.server import Server, wait_for
+from tests.serve.traces import events
 
 INITIAL = {
     "trace_level": ["OFF"],
@@ -100,7 +100,7 @@ def test_bad_settings_are_refused_alike(
 def traced(path: Path) -> dict[int, dict[str, Any]]:
     """What a file says of each trace, by its number."""
     found: dict[int, dict[str, Any]] = {}
-    for event in json.loads(path.read_text()) if path.exists() else []:
+    for event in events(path):
         one = found.setdefault(event["id"], {"stamps": {}, "tensors": []})
         if "model_name" in event:
             one |= {k: event[k] for k in ("model_name", "model_version")}
@@ -135,7 +135,7 @@ def test_stamps_of_a_request_are_in_their_order(
     client = http if protocol == "http" else grpc
     client.update_trace_settings("mlp", {"trace_level": ["TIMESTAMPS"], "trace_rate": "1"})
     infer(client, "mlp", ROW, request_id=f"stamps {protocol}")
-    infer(client, "eager_mlp", ROW, request_id=f"none {protocol}")
+    infer(client, "eager_mlp", {"x": ROW["INPUT__0"]}, request_id=f"none {protocol}")
     found = of_request(traces, f"stamps {protocol}")
     assert (found["model_name"], found["model_version"]) == ("mlp", 1)
     read, sent = edge
@@ -176,7 +176,7 @@ def test_one_of_so_many_and_no_more_than_the_count(server: Server, http: Any, tr
     for number in range(12, 15):
         infer(http, "mlp", ROW, request_id=f"counted {number}")
     files = [traces / f"server.json.{index}" for index in range(3)]
-    wait_for(lambda: all(path.exists() and path.stat().st_size for path in files), 15, "3 files")
+    wait_for(lambda: all(map(events, files)), 15, "three files")
     ids = [[one["request_id"] for one in traced(path).values()] for path in files]
     assert ids == [["counted 2"], ["counted 5"], ["counted 12"]]
     assert not (traces / "server.json.3").exists()

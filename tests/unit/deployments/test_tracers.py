@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 from configs import tracing
@@ -86,3 +87,13 @@ def test_traces_of_all_models_have_numbers_of_their_own():
     router = Router()
     router.change(level=("TIMESTAMPS",))
     assert router.of["a"].numbers is router.of["b"].numbers
+
+
+def test_a_node_without_the_packages_serves_untraced_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, f"{tracing.EXPORTER}.trace_exporter", None)
+    config = tracing.parse(["mode=opentelemetry", "level=TIMESTAMPS"])
+    tracers = Tracers(config)
+    assert [tracers.tracer(model, "1", MODEL, None) for model in "abc"] == [None] * 3
+    assert [record.getMessage() for record in caplog.records] == ["nothing can be traced"]
+    asyncio.run(tracers.aclose())
+    assert Tracers(config, Kept()).tracer("a", "1", MODEL, None) is not None  # control
