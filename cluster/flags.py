@@ -19,11 +19,13 @@ Kind = Literal["text", "number", "bool", "list", "switch", "level"]
 @dataclass(frozen=True)
 class Flag:
     """`setting` is a field of ServerSettings; `help` is shown by --help. A `switch` may stand
-    without a value; a `level` is a number, or a boolean for 1 and 0."""
+    without a value; a `level` is a number, or a boolean for 1 and 0. `key` is what the setting has
+    before each value of a list."""
 
     setting: str
     kind: Kind
     help: str
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,28 @@ FLAGS: dict[str, Flag] = {
     "log-error": Flag("log_error", "bool", "log errors"),
     "log-format": Flag("log_format", "text", "default, ISO8601 or json"),
     "log-file": Flag("log_file", "text", "file for the log instead of standard error"),
+    "trace-config": Flag(
+        "trace_config",
+        "list",
+        "level=, rate=, count=, mode=triton or opentelemetry, triton,file=, triton,log-frequency=, "
+        "opentelemetry,url=, opentelemetry,resource=KEY=VALUE, opentelemetry,bsp_...=; repeatable",
+    ),
+    "trace-file": Flag(
+        "trace_config", "list", "the older name of --trace-config=triton,file=", "triton,file="
+    ),
+    "trace-level": Flag(
+        "trace_config", "list", "the older name of --trace-config=level=", "level="
+    ),
+    "trace-rate": Flag("trace_config", "list", "the older name of --trace-config=rate=", "rate="),
+    "trace-count": Flag(
+        "trace_config", "list", "the older name of --trace-config=count=", "count="
+    ),
+    "trace-log-frequency": Flag(
+        "trace_config",
+        "list",
+        "the older name of --trace-config=triton,log-frequency=",
+        "triton,log-frequency=",
+    ),
     # Manta's own
     "listener": Flag("listener", "text", "router or serve: who holds the ports"),
     "batching": Flag("batching", "text", "serve or direct: through @serve.batch or straight on"),
@@ -211,7 +235,6 @@ MEANINGFUL: dict[str, tuple[str, str]] = {"backend-config": ("default-max-batch-
 _CERTIFICATES = "gRPC over TLS is not supported"
 _SAGEMAKER = "SageMaker's endpoints are not supported"
 _VERTEX = "Vertex AI's endpoints are not supported"
-_TRACE = "tracing is not supported"
 _SHARED_PORT = "no other server may listen on the port; Routers share it by themselves"
 
 # Of tritonserver, and asking for what is not there: refused by name.
@@ -236,12 +259,6 @@ REFUSED: dict[str, Refused] = {
     "rate-limit-resource": Refused("there is no rate limiter"),
     "reuse-grpc-port": Refused(_SHARED_PORT, _OFF),
     "reuse-http-port": Refused(_SHARED_PORT, _OFF),
-    "trace-config": Refused(_TRACE, ("level=off",)),
-    "trace-count": Refused(_TRACE),
-    "trace-file": Refused(_TRACE, ("",)),
-    "trace-level": Refused(_TRACE, ("off",)),
-    "trace-log-frequency": Refused(_TRACE, ("0",)),
-    "trace-rate": Refused(_TRACE),
 }
 
 _TRUE = ("true", "1", "on", "yes")
@@ -255,7 +272,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         if flag is None:
             continue  # it asks for nothing
         if flag.kind == "list":
-            settings[flag.setting] = (*settings.get(flag.setting, ()), value)
+            settings[flag.setting] = (*settings.get(flag.setting, ()), flag.key + value)
         elif flag.kind in ("bool", "switch"):
             settings[flag.setting] = _bool(name, value)
         elif flag.kind == "level" and not value.isdigit():

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from . import grpc_options, metrics, restricted, stores
+from . import grpc_options, metrics, restricted, stores, tracing
 from .autoscaling import Autoscaling
 from .patterns import header_pattern
 from .restricted import RestrictedGroup
@@ -315,6 +315,16 @@ class ServerSettings(BaseModel):
     log_file: str = Field(
         "", description="Where the log goes, on the Controller's node, instead of standard error."
     )
+
+    trace_config: tuple[str, ...] = Field(
+        (), description="What tritonserver takes as --trace-config: `key=value` entries."
+    )
+
+    @field_validator("trace_config")
+    @classmethod
+    def _traceable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        tracing.check(tracing.parse(value))
+        return value
 
     @field_validator("http_header_forward_pattern", "grpc_header_forward_pattern")
     @classmethod

@@ -15,6 +15,7 @@ from .batcher import MemberResult, Outcome
 from .errors import Cancelled, MantaError, QueueTimeout
 from .scheduler import Entry, Group
 from .statistics import Counters, Reason
+from .tracing import Trace, Waiter
 
 logger = logging.getLogger("manta.gate")
 
@@ -68,6 +69,8 @@ class Answers:
         """Its client is gone."""
         self._counters.failed(Reason.CANCELED, now_ns - entry.queued_ns)
         entry.answer = _answered
+        if isinstance(entry.waiter, Trace):
+            entry.waiter.left()
 
 
 class InOrder(Answers):
@@ -126,6 +129,13 @@ def reason(error: MantaError) -> Reason:
     if isinstance(error, QueueTimeout):
         return Reason.REJECTED
     return Reason.CANCELED if isinstance(error, Cancelled) else Reason.OTHER
+
+
+def refused(waiter: Waiter, error: MantaError) -> MantaError:
+    """The error of a request that does not even wait."""
+    if isinstance(waiter, Trace):
+        waiter.refused(error)
+    return error
 
 
 def copy(error: MantaError) -> MantaError:

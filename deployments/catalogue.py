@@ -20,6 +20,7 @@ from .types import (
     ReplicaReport,
     Snapshot,
     Target,
+    TraceChanges,
     VersionSnapshot,
 )
 
@@ -205,6 +206,7 @@ class Catalogue:
     def __init__(self, epoch: int, log: LogSettings | None = None) -> None:
         self.epoch = epoch
         self.log = log or LogSettings()
+        self.trace = TraceChanges()
         self.sequence = 0
         self.started = False
         self.closing = False
@@ -269,4 +271,5 @@ class Catalogue:
             versions=tuple(version.snapshot() for version in self.versions()),
             closing=self.closing,
             log=self.log,
+            trace=self.trace,
         )

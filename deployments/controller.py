@@ -18,12 +18,12 @@ from typing import Any
 from ray import get_runtime_context, serve
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
-from configs import metrics
+from configs import metrics, tracing
 from configs.errors import ConfigError
 from configs.server import ServerSettings
 from configs.stores import is_remote
 
-from . import applications
+from . import applications, trace_settings
 from .aggregate import Aggregator, LoadedVersion
 from .applications import BindModel
 from .catalogue import Catalogue
@@ -41,7 +41,7 @@ from .polling import Poller
 from .repository import Repository
 from .scaling import Scaling
 from .statistics import Delta, Legacy, VersionKey
-from .types import LogSettings, ReplicaReport, Snapshot
+from .types import LogSettings, ReplicaReport, Snapshot, TraceChanges
 
 logger = logging.getLogger("ray.serve")
 
@@ -218,10 +218,11 @@ class Controller:
         lines: tuple[str, ...],
         log: LogSettings,
         asked: bool,
+        trace: TraceChanges,
     ) -> tuple[int, Legacy | None]:
         """A Router's counters and lines since its last flush, applications where it lost a call,
-        and how it logs: that outlives a Controller. Answers which life of the Controller has them,
-        and what the Router should keep for the next.
+        and how it logs and traces: that outlives a Controller. Answers which life of the Controller
+        has them, and what the Router should keep for the next.
         """
         legacy = self._aggregator.apply(router_id, delta, time.monotonic())
         if delta.pending:  # perhaps for a version that has no replica
@@ -231,6 +232,7 @@ class Controller:
         for line in lines:
             self._logbook.write(line)
         await self._log_as(log)
+        await self._trace_as(trace)
         for application in lost:
             generation = self._catalogue.find(application)
             if generation is not None:
@@ -278,6 +280,20 @@ class Controller:
         if settings.changed_ns > self._catalogue.log.changed_ns:
             self._catalogue.log = settings
             self._log.follow(settings)
+            await self._announce()
+
+    async def trace_settings(self, model: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The same for traces, of one model or, for "", of all."""
+        config = tracing.parse(self._settings.trace_config)
+        if changes:
+            before = self._catalogue.trace
+            await self._trace_as(trace_settings.changed(config, before, model, changes))
+            await self._followers.reach(self._catalogue.sequence)
+        return trace_settings.shown(config, self._catalogue.trace, model)
+
+    async def _trace_as(self, changes: TraceChanges) -> None:
+        if changes.changed_ns > self._catalogue.trace.changed_ns:
+            self._catalogue.trace = changes
             await self._announce()
 
     def _check_started(self) -> None:

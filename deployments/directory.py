@@ -18,6 +18,7 @@ from .errors import InvalidArgument, NoAvailableVersion, NotReady, UnknownModel,
 from .names import check_model_name
 from .plans import PlanCache
 from .scheduler import Entry
+from .tracing import Tracer
 from .types import Array, ModelState, RequestFacts, Snapshot, VersionSnapshot
 
 _SERVING = (ModelState.READY, ModelState.LOADING)
@@ -25,7 +26,10 @@ _EMPTY = Snapshot(epoch=0, sequence=0, started=False, ready=False, versions=())
 
 
 class Gate(Protocol):
-    """Where an admitted request waits for its batch. The result has `outputs`, by name."""
+    """Where an admitted request waits for its batch. The result has `outputs`, by name. With a
+    tracer, requests come by way of its Arrivals."""
+
+    tracer: Tracer | None
 
     def enqueue(
         self,
@@ -46,6 +50,7 @@ class Gate(Protocol):
         inputs: tuple[Array | None, ...],
         outputs: tuple[str, ...],
         facts: RequestFacts | None = None,
+        wrap: Any = None,
     ) -> Future[Any]: ...
 
 

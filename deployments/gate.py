@@ -23,19 +23,12 @@ from .places import Place
 from .scheduler import BatchPolicy, Entry, Group, Scheduler, Wait
 from .sending import Sending
 from .statistics import Counters, Reason
+from .tracing import Tracer, Waiter
 from .types import Array, RequestFacts
 
 __all__ = ["Gate", "MemberResult", "Waiter"]
 
 logger = logging.getLogger("manta.gate")
-
-
-class Waiter(Protocol):
-    """Who waits for the answer to one request."""
-
-    def deliver(self, result: MemberResult | MantaError) -> None:
-        """Called once, on the loop, never before `enqueue` has returned. Must not raise."""
-        ...
 
 
 class FreePlaces(Protocol):
@@ -84,7 +77,8 @@ class Gate:
     ) -> None:
         self._model_name = model_name
         self._policy = policy
-        self._execute = execute
+        self._execute = self._untraced = execute
+        self.tracer: Tracer | None = None  # the roads ask for it
         self._places = places
         self._clock = clock
         self._scheduler = Scheduler(policy)
@@ -111,6 +105,11 @@ class Gate:
         """Batches that run, or wait beside one that runs."""
         return self._in_flight
 
+    def trace(self, tracer: Tracer | None) -> None:
+        """From now on; None for not at all."""
+        self.tracer, run = tracer, self._untraced
+        self._execute = run if tracer is None else partial(tracer.execute, run)
+
     def enqueue(
         self,
         waiter: Waiter,
@@ -125,9 +124,10 @@ class Gate:
         Raises QueueFull, or what the gate was closed with.
         """
         if self._closed is not None:
-            raise answers.copy(self._closed)
+            raise answers.refused(waiter, answers.copy(self._closed))
         if self._scheduler.full:
-            raise QueueFull(self._model_name, self._policy.max_requests)
+            full = QueueFull(self._model_name, self._policy.max_requests)
+            raise answers.refused(waiter, full)
         now_ns = self._clock()
         entry = Entry(rows, key, now_ns, inputs, outputs, waiter, facts)
         entry.owner = self
@@ -156,11 +156,15 @@ class Gate:
         inputs: tuple[Array | None, ...],
         outputs: tuple[str, ...],
         facts: RequestFacts | None = None,
+        wrap: Callable[[Waiter], Waiter] | None = None,
     ) -> asyncio.Future[MemberResult]:
         """As `enqueue`, for those who wait on a future: it fails with a MantaError, and cancelling
-        it withdraws the request."""
+        it withdraws the request. `wrap` puts another waiter before it, which tells it."""
         reply: asyncio.Future[MemberResult] = asyncio.get_running_loop().create_future()
-        entry = self.enqueue(_FutureWaiter(reply), rows, key, inputs, outputs, facts)
+        waiter: Waiter = _FutureWaiter(reply)
+        if wrap is not None:
+            waiter = wrap(waiter)
+        entry = self.enqueue(waiter, rows, key, inputs, outputs, facts)
         entry.reply = reply
         if entry.waiting:
             reply.add_done_callback(partial(_leave, entry))

@@ -16,11 +16,12 @@ from google.protobuf import json_format
 from configs import pbtxt
 from configs.server import ServerSettings
 
-from . import grpc_memory, grpc_wire, log_settings, tensors
+from . import grpc_memory, grpc_wire, log_settings, tensors, trace_settings
 from .errors import GRPC_STATUS, Internal, InvalidArgument, MantaError, ShuttingDown, Unsupported
 from .grpc_stubs import service_pb2 as pb
 from .inference import Inference
 from .regions import memory_range
+from .tracing import GRPC, Arrival, Tracer, carrier_of
 from .types import (
     InferRequest,
     InferResponse,
@@ -35,6 +36,7 @@ Handler = Callable[[Any, Inference], Awaitable[Any]]
 
 logger = logging.getLogger("manta.grpc")
 
+INFER = "ModelInfer"
 MAX_ERROR_BYTES = 2048  # percent-encoded, it must fit 8 KiB of trailers
 _CLOSING = "GRPC server is shutting down and has stopped accepting new requests."
 _EMPTY_FINAL = "triton_enable_empty_final_response"  # the one key of Triton's that a client may set
@@ -233,9 +235,20 @@ async def _model_config(request: Any, inference: Inference) -> Any:
     return pb.ModelConfigResponse(config=pbtxt.to_proto(config))
 
 
-async def _model_infer(request: Any, inference: Inference) -> Any:
-    inference.find(request.model_name, request.model_version)  # a 404 comes before the tensors
-    return encode(await inference.infer(decode(request, inference.settings)))
+async def _model_infer(request: Any, inference: Inference, context: Any = None) -> Any:
+    # A 404 comes before the tensors.
+    served = inference.find(request.model_name, request.model_version)
+    tracer = served.gate.tracer
+    arrival = None
+    if tracer is not None:
+        arrival = arrived(tracer, () if context is None else context.invocation_metadata())
+    asked = decode(request, inference.settings)
+    return encode(await inference.infer(asked, arrival=arrival))
+
+
+def arrived(tracer: Tracer, metadata: Any) -> Arrival:
+    """A request of a call with these metadata, if it has any."""
+    return tracer.arrive(GRPC, carrier_of(metadata or ()))
 
 
 async def _model_statistics(request: Any, inference: Inference) -> Any:
@@ -268,6 +281,14 @@ async def _log_settings(request: Any, inference: Inference) -> Any:
     return reply
 
 
+async def _trace_setting(request: Any, inference: Inference) -> Any:
+    changes = trace_settings.from_proto(request.settings)
+    reply = pb.TraceSettingResponse()
+    for name, shown in (await inference.trace_settings(request.model_name, changes)).items():
+        reply.settings[name].value.extend([shown] if isinstance(shown, str) else shown)
+    return reply
+
+
 def _check_repository(request: Any) -> None:
     if request.repository_name:
         raise Unsupported("'repository_name' specification is not supported")
@@ -287,26 +308,25 @@ VERBS: Mapping[str, Handler] = {
     "ServerMetadata": _server_metadata,
     "ModelMetadata": _model_metadata,
     "ModelConfig": _model_config,
-    "ModelInfer": _model_infer,
+    INFER: _model_infer,
     "ModelStatistics": _model_statistics,
     "RepositoryIndex": _repository_index,
     "RepositoryModelLoad": _repository_model_load,
     "RepositoryModelUnload": _repository_model_unload,
     "LogSettings": _log_settings,
+    "TraceSetting": _trace_setting,
     **grpc_memory.VERBS,
 }
 # The one that is no single call; see `grpc_stream`.
 STREAM = "ModelStreamInfer"
-UNSUPPORTED: Mapping[str, str] = {
-    "TraceSetting": "trace settings are not supported",
-}
 
 
-async def handle(verb: str, request: Any, inference: Inference) -> Any:
-    """The answer to any RPC of the service but STREAM. Raises nothing but MantaError."""
-    if (text := UNSUPPORTED.get(verb)) is not None:
-        raise Unsupported(text)
+async def handle(verb: str, request: Any, inference: Inference, context: Any = None) -> Any:
+    """The answer to any RPC of the service but STREAM. Raises nothing but MantaError. `context` is
+    the call's, and has its metadata."""
     try:
+        if verb == INFER:
+            return await _model_infer(request, inference, context)
         return await VERBS[verb](request, inference)
     except MantaError:
         raise

@@ -29,6 +29,7 @@ from .grpc_wire import MAX_MESSAGE_BYTES, PREFIX_BYTES, Head, Parts, Refused, Te
 from .inference import Inference, told
 from .plans import Plan, Recent, plan_of
 from .restricted import METADATA_PREFIX, Guards, headers
+from .tracing import GRPC, Arrival, Tracer
 from .types import InferRequest
 from .unread import Unread
 
@@ -110,7 +111,7 @@ class Connection(asyncio.Protocol):
         self._fields: list[tuple[bytes, bytes]] = []
         self._body = bytearray()
         self._taken = False  # its message is whole
-        self._read_s = 0.0
+        self._came_s = self._read_s = 0.0
 
     def _forget(self) -> None:
         """Of the call that was in progress."""
@@ -219,7 +220,7 @@ class Connection(asyncio.Protocol):
         if self._open or self._last:
             self._transport.abort()
         self._begin()
-        self._open = True
+        self._open, self._came_s = True, self._loop.time()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -291,8 +292,10 @@ class Connection(asyncio.Protocol):
             self._submit_new(data[at:end], parts)
             return
         self._served, self._plan, self._id = served, plan, parts.id
+        tracer = served.gate.tracer
+        waiter = self if tracer is None else self._arrived(tracer).at(self, parts.id)
         try:
-            self._entry = served.gate.enqueue(self, plan.rows, plan.key, inputs, plan.outputs)
+            self._entry = served.gate.enqueue(waiter, plan.rows, plan.key, inputs, plan.outputs)
         except MantaError as error:
             raise told(parts.id.decode(), error) from error
 
@@ -302,26 +305,34 @@ class Connection(asyncio.Protocol):
         if self._head.forwarded is not None:
             grpc.add_parameters(parsed, self._head.forwarded)
         served = self._lane.inference.find(parsed.model_name, parsed.model_version)
+        tracer = served.gate.tracer
+        arrival = None if tracer is None else self._arrived(tracer)
         request = grpc.decode(parsed, self._lane.settings)
         if request.extra:
-            self._aside = self._loop.create_task(self._infer(request))
+            self._aside = self._loop.create_task(self._infer(request, arrival))
             return
         self._served, self._id = served, request.id.encode()
         try:
             work = served.contract.admit(request)
             self._outputs = work.outputs
+            waiter = self if arrival is None else arrival.at(self, request.id)
             self._entry = served.gate.enqueue(
-                self, work.rows, work.key, work.inputs, work.outputs, work.facts
+                waiter, work.rows, work.key, work.inputs, work.outputs, work.facts
             )
         except MantaError as error:
             raise told(request.id, error) from error
         if parts is not None and parts.raw and served.grpc_plans.seen(parts.key):
             served.grpc_plans.learn(parts.key, plan_of(served.config, request, work))
 
-    async def _infer(self, request: InferRequest) -> None:
+    def _arrived(self, tracer: Tracer) -> Arrival:
+        in_pieces = self._reading
+        return tracer.arrive(GRPC, self._head.carrier, self._came_s if in_pieces else 0.0)
+
+    async def _infer(self, request: InferRequest, arrival: Arrival | None) -> None:
         """What takes its time; it ends with the call."""
         try:
-            reply = grpc_replies.whole(await self._lane.inference.infer(request))
+            response = await self._lane.inference.infer(request, arrival=arrival)
+            reply = grpc_replies.whole(response)
             if packing := self._head.packing:
                 pack = partial(grpc_wire.packed, reply, packing)
                 reply = await self._loop.run_in_executor(None, pack)

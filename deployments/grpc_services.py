@@ -18,7 +18,7 @@ from configs.server import ServerSettings
 
 from .errors import MantaError, ShuttingDown
 from .forwarding import forwarding
-from .grpc import STREAM, UNSUPPORTED, VERBS, add_parameters, handle, status
+from .grpc import INFER, STREAM, VERBS, add_parameters, handle, status
 from .grpc_stream import Ahead, Stream
 from .grpc_stubs import (
     HEALTH,
@@ -32,7 +32,6 @@ from .inference import Inference
 from .restricted import METADATA_PREFIX, Guard, Guards, fields_of, headers
 
 STREAM_PATH = f"/{INFERENCE.full_name}/{STREAM}"
-INFER = "ModelInfer"
 CHECK = "Check"  # grpc.health.v1.Health's
 # With this metadata a stream ends at its first error, with that error's status.
 ERRORS_END = ("triton_grpc_error", "true")
@@ -54,7 +53,7 @@ class GrpcServicer:
         self._streams: set[Stream] = set()
         self._ahead = Ahead()
         self._leaving = False
-        for verb in (*VERBS, *UNSUPPORTED, CHECK):
+        for verb in (*VERBS, CHECK):
             setattr(self, verb, partial(self._serve, verb))
 
     def leave(self) -> None:
@@ -71,7 +70,7 @@ class GrpcServicer:
         if verb == CHECK:
             return _health(self.inference)
         self.forward(verb, request, context)
-        return await handle(verb, request, self.inference)
+        return await handle(verb, request, self.inference, context)
 
     def forward(self, verb: str, request: Any, context: Any) -> None:
         """Makes parameters of the call's metadata, where the server is told to."""
@@ -87,7 +86,7 @@ class GrpcServicer:
         most = self.inference.settings.grpc_max_response_pool_size
         pairs = tuple(metadata or ())
         given = None if self._forwarding is None else self._forwarding.of_grpc(pairs)
-        stream = Stream(self.inference, most, ERRORS_END in pairs, given, self._ahead)
+        stream = Stream(self.inference, most, ERRORS_END in pairs, given, self._ahead, pairs)
         self._streams.add(stream)
         try:
             async with aclosing(stream.answers(requests)) as answers:
@@ -224,5 +223,5 @@ def _tell(error: MantaError, grpc_context: Any) -> None:
 
 PROXY_METHODS: Mapping[str, Callable[..., Any]] = {
     STREAM: serve_proxy_stream,
-    **{verb: serve_proxy_method(verb) for verb in (*VERBS, *UNSUPPORTED, CHECK)},
+    **{verb: serve_proxy_method(verb) for verb in (*VERBS, CHECK)},
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import grpc
@@ -47,7 +47,8 @@ class Ahead:
 
 class Stream:
     """One call. `most`: requests in work at a time. `errors_end`: the first error ends the call
-    with its status, instead of being an answer. `parameters` are added to each request.
+    with its status, instead of being an answer. `parameters` are added to each request; `metadata`
+    are the call's, and may have a trace for all of them.
 
     Reading ahead keeps other calls on the client's connection going: HAProxy, once a stream's
     buffer is full, reads nothing more from it. It also reads no more of the client's word that
@@ -62,12 +63,14 @@ class Stream:
         errors_end: bool = False,
         parameters: Mapping[str, str] | None = None,
         ahead: Ahead | None = None,
+        metadata: Sequence[tuple[Any, Any]] = (),
     ) -> None:
         self._inference = inference
         self._of_all = ahead or Ahead()
         self._most = most
         self._errors_end = errors_end
         self._parameters = parameters or {}
+        self._metadata = metadata
         self._ahead: deque[tuple[Any, int]] = deque()
         self._ahead_bytes = 0
         self._turns: deque[_Turn] = deque()  # with the one whose answer is being written
@@ -177,11 +180,13 @@ class Stream:
     def _submit(self, message: Any) -> _Turn:
         inference = self._inference
         try:
-            inference.find(message.model_name, message.model_version)
+            served = inference.find(message.model_name, message.model_version)
+            tracer = served.gate.tracer
+            arrival = None if tracer is None else grpc.arrived(tracer, self._metadata)
             grpc.add_parameters(message, self._parameters)
             request = grpc.decode(message, inference.settings)
             size = sum(tensor.data.nbytes for tensor in request.inputs)
-            return _Turn(message.id, inference.submit(request), size)
+            return _Turn(message.id, inference.submit(request, arrival=arrival), size)
         except MantaError as error:
             return _Turn(message.id, copy(error))  # its traceback would keep the message
         except Exception:

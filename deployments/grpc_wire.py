@@ -16,6 +16,7 @@ from .forwarding import Forwarding
 from .grpc_stubs import service_pb2 as pb
 from .plans import MAX_KEY_BYTES
 from .restricted import Guard
+from .tracing import Carrier, carrier
 from .types import InferResponse
 
 MAX_METADATA_BYTES = 16384  # grpc's own limit
@@ -79,7 +80,7 @@ _NO_TERMS = Terms()
 class Head(NamedTuple):
     """What the fields of a call say. `length` is None for a body in chunks; `error` is for calls
     that no message can mend; `forwarded` are parameters, where the server has a pattern; `packing`
-    is how the answer is to be compressed, if at all."""
+    is how the answer is to be compressed, if at all; `carrier` is the client's trace."""
 
     timeout_s: float | None
     encoding: bytes
@@ -87,6 +88,7 @@ class Head(NamedTuple):
     error: Refused | None = None
     forwarded: Mapping[str, str] | None = None
     packing: bytes = b""
+    carrier: Carrier | None = None
 
 
 def read_head(
@@ -118,7 +120,7 @@ def read_head(
         except InvalidArgument as reserved:
             error = Refused(_INVALID_ARGUMENT, str(reserved))
     packing = _packing(named.get(b"grpc-accept-encoding", b""), terms.level)
-    return Head(timeout_s, encoding, length, error, forwarded, packing)
+    return Head(timeout_s, encoding, length, error, forwarded, packing, carrier(named))
 
 
 def _restricted(guard: Guard, named: Mapping[bytes, bytes]) -> Refused | None:

@@ -30,6 +30,7 @@ from . import (
     http_send,
     log_settings,
     page,
+    trace_settings,
 )
 from .documents import Document
 from .errors import Internal, InvalidArgument, MethodNotAllowed, Unsupported
@@ -52,6 +53,7 @@ from .inference import Inference
 from .openapi import OpenApi
 from .regions import Kind
 from .restricted import Guard, Guards, headers
+from .tracing import HTTP, carrier
 from .types import InferRequest
 
 Scope = Message
@@ -123,13 +125,15 @@ class HttpApp:
     ) -> tuple[list[Field], bytes]:
         if self._infer_guard is not None:
             self._infer_guard.check(headers)
-        config = self.inference.find(model, version).config  # a 404 comes before the body
+        served = self.inference.find(model, version)  # a 404 comes before the body
         announced = headers.get(b"inference-header-content-length")
         body = await self._body(headers, receive, announced)
         json_bytes = http_infer.header_length(announced, len(body))
-        request = http_infer.decode(config, version, body, json_bytes, self._settings)
+        tracer = served.gate.tracer
+        arrival = None if tracer is None else tracer.arrive(HTTP, carrier(headers))
+        request = http_infer.decode(served.config, version, body, json_bytes, self._settings)
         request = self._with_headers(request, scope)
-        ticket = self.inference.submit(request)
+        ticket = self.inference.submit(request, arrival=arrival)
         if not ticket.future.done():
             await until_done(ticket.future, receive)
         coding = http_coding.of_reply(headers.get(b"accept-encoding"))
@@ -158,12 +162,14 @@ class HttpApp:
 
     async def _generate(self, request: Request, in_events: bool) -> Response:
         name, version = _target(request)
-        config = self.inference.find(name, version).config
+        served = self.inference.find(name, version)
         headers = fold(request.scope["headers"])
         http_generate.check_coding(headers)
         body = await self._body(headers, request.receive)
-        asked = http_generate.decode(config, version, body, self._settings)
-        ticket = self.inference.submit(self._with_headers(asked, request.scope))
+        tracer = served.gate.tracer
+        arrival = None if tracer is None else tracer.arrive(HTTP, carrier(headers))
+        asked = http_generate.decode(served.config, version, body, self._settings)
+        ticket = self.inference.submit(self._with_headers(asked, request.scope), arrival=arrival)
         await until_done(ticket.future, request.receive)
         try:
             status, fields = 200, [JSON]
@@ -278,6 +284,11 @@ class HttpApp:
         document = await self._document(request) if request.method == "POST" else {}
         changes = log_settings.from_json(document)
         return _json(await self.inference.log_settings(changes))
+
+    async def trace(self, request: Request) -> Response:
+        document = await self._document(request) if request.method == "POST" else {}
+        changes = trace_settings.from_json(document)
+        return _json(await self.inference.trace_settings(_target(request)[0], changes))
 
     async def metrics(self, request: Request) -> Response:
         if not self._settings.allow_metrics:

@@ -19,12 +19,12 @@ from .batcher import MemberResult
 from .contract import Work
 from .directory import Served
 from .errors import MantaError
-from .gate import Waiter
 from .http_head import Head
 from .http_replies import CLOSE, Field
 from .inference import told
 from .plans import MAX_KEY_BYTES, Plan, plan_of
 from .scheduler import Entry
+from .tracing import Waiter
 from .types import Array, InferRequest, InferResponse
 
 
@@ -79,6 +79,11 @@ class Call:
         self._what = what
         self._inputs = inputs
         self.coding = coding
+
+    @property
+    def id(self) -> str:
+        """The request's, as its client has chosen it."""
+        return self._request.id
 
     def enqueue(self, waiter: Waiter) -> Entry:
         """Raises what the gate raises, with the request's id."""

@@ -20,6 +20,7 @@ from .forwarding import Forwarding, forwarding
 from .http_replies import Field
 from .plans import Recent
 from .restricted import Guard, Guards, headers
+from .tracing import Carrier, carrier
 
 START = b"POST /v2/models/"
 END = b"\r\n\r\n"
@@ -31,7 +32,8 @@ _ELSEWHERE = frozenset((b"expect", b"upgrade", b"transfer-encoding", b"content-e
 
 class Head(NamedTuple):
     """What a head says. `body_bytes` -1: not for the lane. `coding`: the answer's, "" for none.
-    `forwarded`: parameters that its fields are, where the server has a pattern for them."""
+    `forwarded`: parameters that its fields are, where the server has a pattern for them.
+    `carrier`: the client's trace, as it came."""
 
     model: str
     version: str
@@ -40,6 +42,7 @@ class Head(NamedTuple):
     keep_alive: bool
     coding: str = ""
     forwarded: Mapping[str, str] | None = None
+    carrier: Carrier | None = None
 
 
 NOT_OURS = Head("", "", -1, None, False)
@@ -123,7 +126,14 @@ def read_head(
         return NOT_OURS
     coding = http_coding.of_reply(fields.get(b"accept-encoding"))
     return Head(
-        match[1], match[2] or "", body_bytes, json_bytes, keep_alive, coding, forwarded or None
+        match[1],
+        match[2] or "",
+        body_bytes,
+        json_bytes,
+        keep_alive,
+        coding,
+        forwarded or None,
+        carrier(fields),
     )
 
 

@@ -26,6 +26,7 @@ from .http_limits import LimitedProtocol, keep_names
 from .http_replies import Field
 from .inference import Inference
 from .scheduler import Entry
+from .tracing import HTTP, Arrival
 from .types import InferRequest
 
 # What a connection is doing. ORDINARY: uvicorn has it. HELD: it writes, or has more to read.
@@ -71,7 +72,7 @@ class LaneProtocol(LimitedProtocol):
         self._pieces: Pieces | None = None
         self._missing = 0
         self._held = b""
-        self._read_s = 0.0
+        self._came_s = self._read_s = 0.0
         self._body_timer: asyncio.TimerHandle | None = None
         self._idle_s = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -162,7 +163,7 @@ class LaneProtocol(LimitedProtocol):
     def _await_body(self, first: bytes, missing: int) -> None:
         self._state = _BODY
         self._pieces, self._missing = Pieces(first), missing
-        self._read_s = self.loop.time()
+        self._came_s = self._read_s = self.loop.time()
         self._body_timer = self.loop.call_later(self.read_timeout_s, self._body_late)
 
     def _more(self, data: bytes) -> None:
@@ -179,7 +180,7 @@ class LaneProtocol(LimitedProtocol):
             except MantaError as error:
                 self._fail(error)
             else:
-                self._submit(served, body, 0)
+                self._submit(served, body, 0, self._came_s)
             self._serve(data[missing:] if missing else b"")
 
     def _body_late(self) -> None:
@@ -201,21 +202,24 @@ class LaneProtocol(LimitedProtocol):
 
     # --- to the gate and back --------------------------------------------------------------------
 
-    def _submit(self, served: Served, data: bytes, start: int) -> None:
+    def _submit(self, served: Served, data: bytes, start: int, came_s: float = 0.0) -> None:
         """The call whose body is `data` from `start` on. Answers at once what is wrong with it."""
         self._state = _GATE
+        tracer = served.gate.tracer
+        arrival = None if tracer is None else tracer.arrive(HTTP, self._head.carrier, came_s)
         try:
             call = http_call.read_call(served, self._head, data, start, self.lane.settings)
-            self._entry, self._call = call.enqueue(self), call
+            waiter = self if arrival is None else arrival.at(self, call.id)
+            self._entry, self._call = call.enqueue(waiter), call
         except Aside as aside:
-            self._aside = self.loop.create_task(self._infer(aside.request))
+            self._aside = self.loop.create_task(self._infer(aside.request, arrival))
         except Exception as error:
             self._fail(error)
 
-    async def _infer(self, request: InferRequest) -> None:
+    async def _infer(self, request: InferRequest, arrival: Arrival | None) -> None:
         """What takes its time; it ends with the connection."""
         try:
-            response = await self.lane.edge.inference.infer(request)
+            response = await self.lane.edge.inference.infer(request, arrival=arrival)
             fields, body = await http_replies.whole(request, response, self._head.coding)
             answer = http_call.response(200, fields, body, self._ending())
         except Exception as error:

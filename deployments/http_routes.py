@@ -27,6 +27,8 @@ ROUTES = (
     ("GET", "/v2/health/ready", "ready"),
     ("GET", "/v2/models/stats", "statistics"),
     ("GET POST", "/v2/logging", "logging"),
+    ("GET POST", "/v2/trace/setting", "trace"),
+    ("GET POST", "/v2/models/{model}/trace/setting", "trace"),
     ("GET", "/metrics", "metrics"),
     ("POST", "/v2/repository/index", "index"),
     ("POST", "/v2/repository/models/{model}/load", "load"),
@@ -44,11 +46,8 @@ ROUTES = (
     ),
 )
 # In Triton's table and not done here: answered by name. Methods, path, text.
-_TRACE = "trace settings are not supported"
 _REPOSITORY = "'repository_name' specification is not supported"
 UNSUPPORTED = (
-    ("GET POST", "/v2/models/{model}/trace/setting", _TRACE),
-    ("GET POST", "/v2/trace/setting", _TRACE),
     ("POST", "/v2/repository/{repository}/models/{model}/load", _REPOSITORY),
     ("POST", "/v2/repository/{repository}/models/{model}/unload", _REPOSITORY),
     ("POST", "/v2/repository/{repository}/index", _REPOSITORY),

@@ -11,6 +11,7 @@ import contextlib
 from asyncio import Future
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ from .errors import (
 )
 from .names import check_model_name
 from .regions import DISABLED, Regions
+from .tracing import Arrival
 from .types import InferRequest, InferResponse, ModelState, Snapshot
 
 # Only what is done here: a client may ask for whatever this list names.
@@ -48,6 +50,7 @@ EXTENSIONS = (
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "trace",
     "logging",
 )
 
@@ -75,7 +78,7 @@ class Versions(Protocol):
 
 class Control(Protocol):
     """The Controller: `load` and `unload` (name, parameters), `statistics` (name, version),
-    `on_disk`, `metrics`, `log_settings` (changes)."""
+    `on_disk`, `metrics`, `log_settings` (changes), `trace_settings` (model, changes)."""
 
     async def call(self, verb: str, *args: Any) -> Any: ...
 
@@ -173,22 +176,30 @@ class Inference:
         self.check_open()
         return self._versions.find(name, version)
 
-    def submit(self, request: InferRequest, accepted: bool = False) -> Ticket:
+    def submit(
+        self, request: InferRequest, accepted: bool = False, arrival: Arrival | None = None
+    ) -> Ticket:
         """Check a request and queue it. Raises what is wrong with it; never waits.
 
-        `accepted`: it belongs to one that is being answered, also while the server ends.
+        `accepted`: it belongs to one that is being answered, also while the server ends. `arrival`:
+        it may be traced.
         """
         find = self._versions.find if accepted else self.find
         served = find(request.model_name, request.model_version)
         if request.extra:
-            task = asyncio.get_running_loop().create_task(self._infer_extra(served, request))
-            return Ticket(request, served, None, task)
-        return self._queue(served, request)
+            work = self._infer_extra(served, request, arrival)
+            return Ticket(request, served, None, asyncio.get_running_loop().create_task(work))
+        return self._queue(served, request, arrival)
 
-    def _queue(self, served: Served, request: InferRequest) -> Ticket:
+    def _queue(self, served: Served, request: InferRequest, arrival: Arrival | None) -> Ticket:
         try:
             work = served.contract.admit(request)
-            future = served.gate.submit(work.rows, work.key, work.inputs, work.outputs, work.facts)
+            asked = (work.rows, work.key, work.inputs, work.outputs, work.facts)
+            if arrival is None:
+                future = served.gate.submit(*asked)
+            else:
+                trace = partial(arrival.at, request_id=request.id, direct=False)
+                future = served.gate.submit(*asked, wrap=trace)
         except MantaError as error:
             raise told(request.id, error) from error
         return Ticket(request, served, work, future)
@@ -224,8 +235,10 @@ class Inference:
                 )
         return await self.infer(request, accepted=True)
 
-    async def infer(self, request: InferRequest, accepted: bool = False) -> InferResponse:
-        return await self.result(self.submit(request, accepted))
+    async def infer(
+        self, request: InferRequest, accepted: bool = False, arrival: Arrival | None = None
+    ) -> InferResponse:
+        return await self.result(self.submit(request, accepted, arrival))
 
     async def result(self, ticket: Ticket) -> InferResponse:
         """The response to a ticket, which is withdrawn when the caller is cancelled."""
@@ -235,12 +248,14 @@ class Inference:
             pass  # `answer` raises it, with the request's id
         return self.answer(ticket)
 
-    async def _infer_extra(self, served: Served, request: InferRequest) -> InferResponse:
+    async def _infer_extra(
+        self, served: Served, request: InferRequest, arrival: Arrival | None
+    ) -> InferResponse:
         """One that asks for more than tensors in and tensors out."""
         with self._regions.held(extras.ranges(request)) as regions:
             with self._regions.copying(extras.copied_bytes(request, self.settings)):
                 request = await extras.fetch(request, regions, self.settings.max_tensor_rank)
-                response = await self.result(self._queue(served, request))
+                response = await self.result(self._queue(served, request, arrival))
             labels, batched = served.snapshot.labels, served.config.max_batch_size > 0
             outputs = await extras.finish(request, response.outputs, labels, batched, regions)
             return replace(response, outputs=outputs)
@@ -269,6 +284,16 @@ class Inference:
     async def log_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """As they are after the changes, by the names that clients know."""
         shown: dict[str, Any] = await self._control.call("log_settings", dict(changes))
+        return shown
+
+    async def trace_settings(self, model: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Of one model or, for "", of all: as they are after the changes."""
+        if model:
+            try:
+                self._versions.find(model, "")
+            except (NotFound, Unavailable, InvalidArgument):
+                raise InvalidArgument(f"Request for unknown model : {model[:256]}") from None
+        shown: dict[str, Any] = await self._control.call("trace_settings", model, dict(changes))
         return shown
 
     async def index(self, ready_only: bool) -> list[dict[str, str]]:

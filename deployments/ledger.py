@@ -11,6 +11,7 @@ from typing import Any
 
 from .logs import Tap
 from .statistics import Recorder, VersionKey
+from .types import TraceChanges
 
 
 class Ledger:
@@ -27,6 +28,7 @@ class Ledger:
         running: Callable[[], Mapping[VersionKey, int]] = dict,
     ) -> None:
         self.recorder = recorder
+        self.trace = TraceChanges()  # what this Router has heard of
         self._router_id = router_id
         self._controller = controller
         self._log = log
@@ -51,7 +53,7 @@ class Ledger:
         lines, settings = self._log.take(), self._log.settings
         try:
             epoch, legacy = await self._controller.push.remote(
-                self._router_id, delta, lost, lines, settings, asked
+                self._router_id, delta, lost, lines, settings, asked, self.trace
             )
         except BaseException:
             self._lost.update(lost)

@@ -48,7 +48,6 @@ _HEADERS: Mapping[str, Schema] = {
 # The tags of what is refused by name, by a part of its path.
 _PLACES: Mapping[str, str] = {
     "/generate": "inference",
-    "/trace/": "trace",
     "/logging": "logging",
     "sharedmemory": "shared-memory",
     "/repository": "model-repository",

@@ -164,6 +164,13 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(*_BODY, 503),
         body=json("LogSettings"),
     ),
+    "trace": Operation(
+        "trace",
+        "Settings of traces, of all models or of one, after the changes of the body",
+        {200: json("TraceSettings")},
+        errors=(*_BODY, 503),
+        body=json("TraceChanges"),
+    ),
     "metrics": Operation(
         "manta",
         "Metrics in Prometheus's text form, as on the port of their own",

@@ -36,6 +36,8 @@ def record(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
 
 
 _TEXT: Schema = {"type": "string"}
+_CLEARED: Schema = {"type": ["string", "null"]}
+_TRACE_LEVEL: Schema = {"type": "string", "enum": ["OFF", "TIMESTAMPS", "TENSORS"]}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _SIZE: Schema = {"type": "integer", "minimum": -1}
@@ -178,6 +180,27 @@ SCHEMAS: Mapping[str, Schema] = {
         log_verbose_level=_COUNT,
         log_format={"type": "string", "enum": ["default", "ISO8601", "json"]},
     ),
+    "TraceSettings": record(
+        trace_level=listed(_TRACE_LEVEL),
+        trace_rate={**_TEXT, "description": "A number: one of so many requests is traced."},
+        trace_count={**_TEXT, "description": "A number: so many at most, -1 for all."},
+        log_frequency={**_TEXT, "description": "A number: so many traces per file, 0 for all."},
+        trace_file={**_TEXT, "description": "Its name."},
+        trace_mode={"type": "string", "enum": ["triton", "opentelemetry"]},
+    ),
+    "TraceChanges": {
+        **record(
+            trace_level={
+                "type": ["array", "null"],
+                "items": _TRACE_LEVEL,
+                "description": "OFF stands alone.",
+            },
+            trace_rate=_CLEARED,
+            trace_count=_CLEARED,
+            log_frequency=_CLEARED,
+        ),
+        "description": "null brings back what holds for all models, or what the server began with.",
+    },
     "InferRequest": record(
         ("inputs",),
         id=_TEXT,

@@ -19,7 +19,7 @@ from typing import Any
 from ray import get_runtime_context, serve
 from ray.exceptions import RayTaskError
 
-from configs import metrics
+from configs import metrics, tracing
 from configs.model import ModelConfig
 from configs.server import ServerSettings
 
@@ -43,6 +43,7 @@ from .places import Places
 from .scatter import Scatter
 from .scheduler import policy
 from .statistics import Recorder, VersionKey
+from .tracers import Tracers
 from .types import InferRequest, InferResponse, ModelState, Snapshot, VersionSnapshot
 
 logger = logging.getLogger("ray.serve")
@@ -97,6 +98,7 @@ class Router:
             self._running,
         )
         self._starved = asyncio.Event()
+        self._tracers = Tracers(tracing.parse(settings.trace_config))
         visible = os.environ.get("MANTA_VISIBLE_DEVICES", "")
         self._gauges = Gauges(sources(settings, visible), settings.metrics_interval_ms / 1000)
         self._lines: dict[str, _Line] = {}
@@ -198,6 +200,8 @@ class Router:
             self._past_epochs.add(self._epoch)
         self._epoch, self._sequence = snapshot.epoch, snapshot.sequence
         self._log.follow(snapshot.log)
+        self._tracers.follow(snapshot.trace)
+        self._ledger.trace = self._tracers.changes
         wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
         for application, version in wanted.items():
             try:
@@ -209,6 +213,7 @@ class Router:
             line.places.follow(version.targets)
             if version.state is ModelState.UNAVAILABLE:  # nobody comes to answer what waits
                 line.gate.refuse(NoReplica(version.model_name, version.version, version.reason))
+            self._trace(line)
             line.gate.pump()
         self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
         for application in [name for name in self._lines if name not in wanted]:
@@ -236,6 +241,10 @@ class Router:
         if config.passive:
             gate.close(NoActiveInstance(version.model_name))
         return _Line(key, config, gate, places)
+
+    def _trace(self, line: _Line) -> None:
+        key, gate = line.key, line.gate
+        gate.trace(self._tracers.tracer(key.model, key.version, line.config, gate.tracer))
 
     def _let_go(self, application: str) -> None:
         """No new requests reach it; what it has is answered, then the Controller may delete it.
@@ -290,6 +299,8 @@ class Router:
             return await self._metrics()
         if verb == "log_settings":
             return await self._ask(lambda: self._controller.log_settings.remote(*args), ANSWER_S)
+        if verb == "trace_settings":
+            return await self._ask(lambda: self._controller.trace_settings.remote(*args), ANSWER_S)
         if verb == "statistics":
             await self._ask(self._ledger.flush, ANSWER_S)
             return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
@@ -369,6 +380,8 @@ class Router:
         finally:
             for task in tasks:
                 task.cancel()
+            with contextlib.suppress(Exception):
+                await self._tracers.aclose()
             with contextlib.suppress(Exception):  # the Controller may be on its way out, too
                 await asyncio.wait_for(self._ledger.flush(), FLUSH_S)
             self._log.detach()

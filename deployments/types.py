@@ -270,6 +270,34 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceSettings:
+    """Which requests are traced: one of `rate`, `count` of them at most, or all for -1; and what
+    is kept of them, nothing without a `level`."""
+
+    level: tuple[str, ...] = ()
+    rate: int = 1000
+    count: int = -1
+    log_frequency: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TraceScope:
+    """Fields of TraceSettings that a client has set, for all models or for one, and when."""
+
+    values: Mapping[str, Any]
+    changed_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceChanges:
+    """What clients have changed of the settings that the server began with, by model, "" for all.
+    `changed_ns` is as in LogSettings."""
+
+    scopes: Mapping[str, TraceScope] = field(default_factory=dict)
+    changed_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What Routers follow. `epoch` names the Controller's life, `sequence` the change within it."""
 
@@ -280,6 +308,7 @@ class Snapshot:
     versions: tuple[VersionSnapshot, ...]
     closing: bool = False
     log: LogSettings = LogSettings()
+    trace: TraceChanges = field(default_factory=TraceChanges)
 
 
 @dataclass(frozen=True, slots=True)

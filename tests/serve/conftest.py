@@ -29,7 +29,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # They share a server as well, which a test of the last one ends.
-_PAIR_FILES = ("test_placement.py", "test_metrics.py", "test_logging.py", "test_paths.py")
+_PAIR_FILES = (
+    "test_placement.py",
+    "test_metrics.py",
+    "test_logging.py",
+    "test_traces_of_routers.py",
+    "test_paths.py",
+)
 _SHARED = pytest.StashKey[Server]()
 
 
@@ -91,14 +97,25 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where servers write what they trace, once a test asks them to."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="session")
 def server(
-    models_root: Path, compile_cache: Path, overrides_root: Path, pytestconfig: pytest.Config
+    models_root: Path,
+    compile_cache: Path,
+    overrides_root: Path,
+    traces: Path,
+    pytestconfig: pytest.Config,
 ) -> Iterator[Server]:
     """`manta serve` in explicit mode; ends with SIGTERM and must end well."""
     loads = [f"--load-model={name}" for name in (*GOOD, *BROKEN)]
     flags = ["--model-control-mode=explicit", "--exit-on-error=false", "--strict-readiness=false"]
     flags.append(f"--compile-cache={compile_cache}")
     flags.append("--allow-client-shm=true")
+    flags.append(f"--trace-config=triton,file={traces / 'server.json'}")
     flags += [f"--{edge}-header-forward-pattern=MY_HEADER|priority" for edge in ("http", "grpc")]
     flags += ["--allow-file-override=true", f"--file-override-directory={overrides_root}"]
     with manta_serve(models_root, *flags, *loads, environment={"CUDA_LAUNCH_BLOCKING": "1"}) as one:
@@ -115,7 +132,9 @@ def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory, log_path: Path) -> Iterator[Server]:
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, log_path: Path, traces: Path
+) -> Iterator[Server]:
     """Two Routers and two logical GPUs, in explicit mode, with a log file and more metrics; `nap`
     has two replicas of one instance each, which take 20 ms a batch. Ended by a test."""
     root = tmp_path_factory.mktemp("pair")
@@ -131,6 +150,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, log_path: Path) -> Iterator[S
     repository.write_config(root, "nap", text)
     flags = ["--router-replicas=2", "--logical-gpus=true"]
     flags += ["--model-control-mode=explicit", "--load-model=nap", f"--log-file={log_path}"]
+    flags.append(f"--trace-config=triton,file={traces / 'pair.json'}")
     flags += ["--metrics-interval-ms=200", "--metrics-config=summary_latencies=true"]
     flags.append("--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001")
     with manta_serve(root, *flags, environment={"MANTA_LOGICAL_GPU_COUNT": "2"}) as one:

@@ -271,6 +271,7 @@ def test_what_is_announced_is_in_the_file_and_on_the_terminal(logged: Logged) ->
 
 def test_settings_outlive_the_controller(logged: Logged, http: Any) -> None:
     wanted = http.update_log_settings({"log_info": False, "log_verbose_level": 1})
+    traces = http.update_trace_settings(None, {"trace_rate": "5"})
     (controller,) = logged.server.replica_pids("manta:Controller")
     os.kill(controller, signal.SIGKILL)
 
@@ -279,9 +280,12 @@ def test_settings_outlive_the_controller(logged: Logged, http: Any) -> None:
         if now in ([], [controller]):
             return False
         reply = logged.server.get("/v2/logging")
-        return reply.status_code == 200 and reply.json() == wanted
+        if reply.status_code != 200 or reply.json() != wanted:
+            return False
+        return bool(logged.server.get("/v2/trace/setting").json() == traces)
 
     wait_for(again, 90, "the new Controller has them")
+    assert http.update_trace_settings(None, {"trace_rate": None})["trace_rate"] == "1000"
     wait_for(logged.server.ready, 60, "the server is ready")
     assert httpx.get(f"http://{logged.server.http}/v2/models/later_nobody").status_code == 404
     logged.wait(lambda line: "later_nobody" in line, "its lines are in the same file")

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from opentelemetry.exporter.otlp.proto.http import trace_exporter
+from opentelemetry.sdk import _shared_internal
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray import serve
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.authentication import authentication_utils
@@ -28,6 +32,8 @@ from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
     RequestResponseCycle,
 )
+
+from deployments import spans
 
 PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
@@ -105,3 +111,12 @@ def test_the_fork_server_finds_where_ray_draws_ids_at_import() -> None:
 
     assert "ActorClassID.from_random()" in inspect.getsource(ray.actor)
     assert "py_executable" in RuntimeEnv.known_fields
+
+
+def test_the_batch_processor_ends_within_a_limit() -> None:
+    """`spans` hands it one, and hushes two loggers by their names."""
+    processor = BatchSpanProcessor(InMemorySpanExporter())
+    assert "timeout_millis" in inspect.signature(processor._batch_processor.shutdown).parameters
+    processor.shutdown()
+    found = {_shared_internal._logger.name, trace_exporter._logger.name}
+    assert found == set(spans._LOUD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +124,35 @@ def test_a_refused_option_asks_for_nothing_only_with_its_own_values(name: str) -
 def test_verbosity_is_a_number_or_a_boolean(given: str, level: int) -> None:
     settings = ServerSettings(**parse([f"--log-verbose={given}"]))
     assert settings.log_verbose == level
+
+
+def test_older_names_of_trace_options_say_the_same() -> None:
+    old = ["--trace-file=t", "--trace-level=MAX", "--trace-level=TENSORS", "--trace-rate", "7"]
+    old += ["--trace-count=-1", "--trace-log-frequency=3"]
+    new = ["triton,file=t", "level=MAX", "level=TENSORS", "rate=7", "count=-1"]
+    assert parse(old)["trace_config"] == (*new, "triton,log-frequency=3")
+    assert parse([f"--trace-config={entry}" for entry in new])["trace_config"] == tuple(new)
+    for words in (["--trace-rate=x"], ["--trace-config", "nonsense=1"], ["--trace-level=LOUD"]):
+        with pytest.raises(ValueError, match="trace_config: "):
+            ServerSettings(**parse(words))
+
+
+def test_spans_without_their_extra_are_refused_before_a_server_starts(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
+    words = ["serve", f"--model-repository={tmp_path}", "--trace-config=mode=opentelemetry"]
+    assert main(words) == 1
+    assert "pip install 'manta-server[otel]'" in capsys.readouterr().err
+
+
+def test_the_trace_file_is_found_from_here(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"--model-repository={tmp_path}", "--trace-config=rate=5"]
+    settings = read_settings([*words, "--trace-config=triton,file=t.json", "--trace-level=on"])
+    assert settings.trace_config == ("rate=5", f"triton,file={tmp_path}/t.json", "level=on")
+    with pytest.raises(FlagError, match="trace file .* cannot be written there"):
+        read_settings([*words, "--trace-config=triton,file=nowhere/t.json"])
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,8 @@ class LocalGate:
         self.submitted, self.cancelled = [], 0
         self.hold: list | None = None
 
+    tracer = None
+
     def submit(self, rows, key, inputs, outputs, facts=None):
         work = SimpleNamespace(rows=rows, key=key, inputs=inputs, outputs=outputs, facts=facts)
         self.submitted.append(work)

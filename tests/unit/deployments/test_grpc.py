@@ -12,7 +12,7 @@ import tritonclient.grpc.aio as client
 from tritonclient.utils import InferenceServerException
 
 from deployments.errors import InvalidArgument
-from deployments.grpc import STREAM, UNSUPPORTED, VERBS, handle
+from deployments.grpc import STREAM, VERBS, handle
 from deployments.grpc_services import GrpcServicer, add_services, serve_proxy_method
 from deployments.grpc_stubs import model_config_pb2, service_pb2_grpc
 from deployments.grpc_stubs import service_pb2 as pb
@@ -160,20 +160,10 @@ def test_an_expired_deadline_takes_its_request_along():
     over_grpc(use)
 
 
-def test_what_is_not_done_here_is_refused_by_name():
-    assert {STREAM, *VERBS, *UNSUPPORTED} == {
+def test_every_rpc_of_the_service_is_there():
+    assert {STREAM, *VERBS} == {
         method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
     }
-
-    async def use(server, triton, stub):
-        for verb, text in UNSUPPORTED.items():
-            wait = getattr(stub, verb)(getattr(pb, f"{verb}Request")())
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await wait
-            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert error.value.details() == text
-
-    over_grpc(use)
 
 
 # --- typed contents ----------------------------------------

@@ -504,8 +504,7 @@ NOT_FOUND, NOT_ALLOWED = (404, "Not Found"), (405, "Method Not Allowed")
         ("GET", "/v2/models/%20/config", (400, "cannot be empty or blank")),
         ("POST", "/v2/models/%2e%2e/infer", (400, "path traversal characters")),
         ("GET", "/v2/models/a%2f..%2fb", (404, "Not Found")),  # no path of the table
-        ("GET", "/v2/models/linear/trace/setting", (501, "trace settings are not supported")),
-        ("POST", "/v2/trace/setting", (501, "trace settings are not supported")),
+        ("GET", "/v2/models/linear/versions/1/trace/setting", (404, "Not Found")),
         ("GET", "/v2/systemsharedmemory/status", (501, "Client shared memory is disabled")),
         ("POST", "/v2/cudasharedmemory/region/r/register", (501, "memory is disabled")),
         ("POST", "/v2/repository/r/models/m/load", (501, "'repository_name' specification")),

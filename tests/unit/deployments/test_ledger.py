@@ -11,7 +11,7 @@ from deployments.aggregate import Aggregator
 from deployments.ledger import Ledger
 from deployments.logs import Tap
 from deployments.statistics import Recorder, VersionKey
-from deployments.types import LogSettings
+from deployments.types import LogSettings, TraceChanges, TraceScope
 
 KEY = VersionKey("m", "1", "manta.m.1.0")
 
@@ -29,7 +29,7 @@ class Push:
         self.epoch, self.aggregator = epoch, Aggregator()
         self.aggregator.open(KEY, 0)
 
-    async def remote(self, router_id, delta, lost, lines, settings, asked):
+    async def remote(self, router_id, delta, lost, lines, settings, asked, trace):
         self.calls += 1
         await asyncio.sleep(0)
         if self.down:
@@ -37,6 +37,7 @@ class Push:
         self.lines += lines
         self.lost += lost
         self.asked.append(asked)
+        self.trace = trace
         return self.epoch, self.aggregator.apply(router_id, delta)
 
     def inferences(self):
@@ -79,6 +80,13 @@ def test_counts_lines_and_lost_calls_are_told_once(controller):
     router.flush()
     assert (push.inferences(), push.lost) == (3, ["manta.m.1.0"])
     assert [line.endswith("] a line") for line in push.lines] == [True]
+
+
+def test_what_was_set_for_traces_is_told_to_whoever_listens(controller):
+    router, push = Router("r", controller), controller.push
+    router.ledger.trace = TraceChanges({"": TraceScope({"rate": 2}, 7)}, 7)
+    router.flush()
+    assert push.trace == router.ledger.trace
 
 
 def test_what_was_not_heard_is_told_the_next_time(controller):
