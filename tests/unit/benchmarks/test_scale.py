@@ -21,7 +21,7 @@ COST = Cost(router=40, haproxy=20, replica=100, others=40, client=50)
 
 
 def costing(contestant: str, number: int, rate: float = 100, **cpu_us: float) -> Run:
-    made = run(contestant, number, rate)
+    made: Run = run(contestant, number, rate)
     return replace(made, cpu_s={role: us * made.total / 1e6 for role, us in cpu_us.items()})
 
 
@@ -83,12 +83,12 @@ def test_the_scarcest_stage_bounds_the_rate(routers, replicas, cores, with_clien
 
 def test_a_proxy_that_costs_more_than_its_router_is_the_bound():
     found = scale.bound(replace(COST, haproxy=80, replica=10), 2, 2, 16, with_client=False)
-    assert (found.rate, found.by) == (pytest.approx(25_000), "HAProxy")
+    assert found.rate == pytest.approx(25_000) and found.by == "HAProxy"
 
 
 def test_no_proxy_is_no_bound_and_no_cost_no_figure():
     found = scale.bound(replace(COST, haproxy=0), 1, 16, 16, with_client=False)
-    assert (found.rate, found.by) == (pytest.approx(25_000), "Router")
+    assert found.rate == pytest.approx(25_000) and found.by == "Router"
     with pytest.raises(ValueError, match="no CPU time"):
         scale.bound(Cost(0, 0, 0, 0, 0), 1, 1, 16, with_client=False)
 
