@@ -25,7 +25,10 @@ FEW = ("mlp", "strings")
 GOOD = {
     "inputs": [{"name": "INPUT__0", "datatype": "FP32", "shape": [1, 8], "data": [0.5] * 8}],
 }
+VALUES = {"model": ("mlp", "strings", "nobody"), "version": ("1", "2"), "region": ("fuzzed",)}
 SETTINGS = ("/v2/logging", "/v2/trace/setting")
+# Those of a model, which go by the server's again once all are null.
+OF_MODELS = tuple(f"/v2/models/{model}/trace/setting" for model in VALUES["model"])
 
 
 @pytest.fixture
@@ -44,23 +47,40 @@ def target(
     """The shared server, which is left as it was."""
     models = MODELS if request.node.get_closest_marker("long") else FEW
     with httpx.Client(base_url=f"http://{server.http}", timeout=60) as client:
-        before = {path: client.get(path) for path in SETTINGS}
+        before = {path: client.get(path) for path in (*SETTINGS, *OF_MODELS)}
         index = client.post("/v2/repository/index").json()
         secrets = [str(models_root), str(server.folder), str(ROOT), sys.prefix]
         yield Target(
             f"http://{server.http}",
             client.get("/openapi.json").json(),
-            {"model": ("mlp", "strings", "nobody"), "version": ("1", "2"), "region": ("fuzzed",)},
+            VALUES,
+            _right(region),
             [*secrets, server._ray_address()],
             lambda path: _is_chosen(path, models),
             _sparing({entry["name"] for entry in index}, region),
         )
         for path, was in before.items():
             if was.is_success:
-                changes = {key: value for key, value in was.json().items() if key != "log_file"}
+                settings = was.json() if path in SETTINGS else dict.fromkeys(was.json())
+                changes = {key: settings[key] for key in settings if not key.endswith("_file")}
                 assert client.post(path, json=changes).is_success
         assert client.post("/v2/systemsharedmemory/unregister").is_success
         assert client.post("/v2/repository/index").json() == index
+
+
+def _right(region: str) -> dict[str, tuple[Any, Sequence[int]]]:
+    """Of `mlp` and of the region `fuzzed`, the first values of the parameters."""
+    register = {"key": region, "byte_size": 64}
+    found: dict[str, tuple[Any, Sequence[int]]] = {
+        "/v2/systemsharedmemory/region/{region}/register": (register, (200, 400)),  # it is there
+        "/v2/repository/index": ({"ready": True}, (200,)),
+        "/v2/logging": ({"log_verbose_level": 0}, (200,)),
+    }
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        found[f"{model}/infer"] = (GOOD, (200,))
+        for generate in ("generate", "generate_stream"):
+            found[f"{model}/{generate}"] = ({"INPUT__0": [0.5] * 8}, (200,))
+    return found
 
 
 def _is_chosen(path: str, models: Sequence[str]) -> bool:
@@ -101,7 +121,7 @@ def run(server: Server, target: Target, examples: int, *, fixed: bool) -> Found:
 
 
 def test_a_few_requests_for_each_operation(server: Server, target: Target) -> None:
-    assert run(server, target, 5, fixed=True).total() >= 300
+    assert run(server, target, 5, fixed=True).total() >= 280
 
 
 @pytest.mark.long
