@@ -68,7 +68,7 @@ $(VENV)/bench: $(VENV)/installed
 
 # Subsets by name: make bench PEERS=triton,kserve MODELS=tiny CONNECTIONS=64 PROTOCOLS=http ROUNDS=3
 # SECONDS=2 MANTA=direct,direct:2 MANTA_ARGS="--flag=value" IDLE=freeze FRESH=1; PEERS=1 is all.
-# RUNTIMES=1 is one network in each runtime.
+# RUNTIMES=1 is one network in each runtime, SCALE=1 is 1, 2 and 4 Routers by 1 and 2 replicas.
 bench: install $(VENV)/bench
 	$(BIN)/python benchmarks/bench.py \
 	    $(if $(PEERS),--peers='$(PEERS)') \
@@ -82,6 +82,7 @@ bench: install $(VENV)/bench
 	    $(if $(MANTA_ARGS),--manta-args='$(MANTA_ARGS)') \
 	    $(if $(IDLE),--idle='$(IDLE)') \
 	    $(if $(RUNTIMES),--runtimes) \
+	    $(if $(SCALE),--scale) \
 	    $(if $(FRESH),--fresh) $(ARGS)
 
 bench-start: install

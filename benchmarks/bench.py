@@ -3,7 +3,7 @@
     python benchmarks/bench.py [--models tiny,mlp] [--connections 1,64] [--protocols http,grpc]
                                [--rounds 3] [--seconds 1.2] [--manta serve,direct,direct:2]
                                [--peers 1 | --peers triton,kserve] [--manta-args "--flag=value"]
-                               [--runtimes]
+                               [--runtimes] [--scale]
 
 Keeps what it has measured and goes on from there; `--fresh` begins anew. `make bench` calls it;
 how it measures and what the columns mean stands in benchmarks/README.md.
@@ -17,14 +17,14 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import load, matrix, models, plots, report, servers
+from benchmarks import load, matrix, models, plots, report, scale, servers
 from benchmarks.contestants import Baseline, Contestant, Manta, Stage
 from benchmarks.load import LoadError, Timing
 from benchmarks.models import MODELS, Model
@@ -101,6 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--delays", type=numbers, default=None, help="queue delays in us, for all models")
     add("--manta", type=words, help="serve, direct:2, serve+bf16, direct@aoti")
     add("--runtimes", action="store_true", help="only the last part: one network, each runtime")
+    add("--scale", action="store_true", help="1, 2 and 4 Routers by 1 and 2 replicas of a model")
     add("--manta-args", type=shlex.split, default=[], help="more flags for manta serve")
     add("--peers", type=lambda text: names_of(list(PEERS), text), default=[])
     add("--idle", choices=("freeze", "run", "stop"), default="freeze")
@@ -110,8 +111,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=ROOT / "benchmarks" / "out")
     options = parser.parse_args(arguments)
     subset = any(getattr(options, name) is not None for name in RUNTIME_DEFAULTS)
-    options.whole = not (subset or options.runtimes)
-    for name, value in (RUNTIME_DEFAULTS if options.runtimes else DEFAULTS).items():
+    options.whole = not (subset or options.runtimes or options.scale)
+    if options.scale and (options.runtimes or options.peers):
+        parser.error("--scale goes with neither --runtimes nor --peers")
+    for name, value in defaults_of(options).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if not 0 < options.seconds <= 60 or not 1 <= options.rounds <= 20:
@@ -122,7 +125,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.manta = [manta_mode(word) for word in options.manta]
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
+    if options.scale and any(mode[1:] != (1, "", "") for mode in options.manta):
+        parser.error("--scale takes --manta=serve, direct or both, and adds the Routers")
     return options
+
+
+def defaults_of(options: argparse.Namespace) -> Mapping[str, Any]:
+    if options.scale:
+        return scale.DEFAULTS
+    return RUNTIME_DEFAULTS if options.runtimes else DEFAULTS
 
 
 def parts_of(options: argparse.Namespace) -> list[argparse.Namespace]:
@@ -201,7 +212,6 @@ def run(options: argparse.Namespace, store: Store) -> None:
     if peers:
         store.note("versions", [peer.version() for peer in peers])
     plan = Plan(tuple(options.protocols), options.rounds, options.seconds, options.idle)
-    executors: dict[str, str] = store.noted("executors", {})
     for name in options.models:
         model = MODELS[name]
         file = models.build(model, options.output / "models")
@@ -209,15 +219,28 @@ def run(options: argparse.Namespace, store: Store) -> None:
         expected = models.expected(model, file, row)
         for delay_us, connections in stages_of(options, model):
             stage = Stage(model, file, delay_us, row, expected)
-            if name not in executors:
-                executors[name] = pick_executor(stage, options.output)
-                store.note("executors", executors)
-            ours = [
-                Manta(batching, routers, precision, runtime, options.manta_args)
-                for batching, routers, precision, runtime in options.manta
-            ]
-            everyone = [Baseline(executors[name]), *ours, *peers]
-            matrix.run_stage(stage, connections, everyone, plan, store)
+            for everyone in line_ups(options, stage, peers, store):
+                matrix.run_stage(stage, connections, everyone, plan, store)
+
+
+def line_ups(
+    options: argparse.Namespace, stage: Stage, peers: Sequence[Contestant], store: Store
+) -> Iterator[Sequence[Contestant]]:
+    """Who is started together. Of combinations those of one mode, or they would fill the memory."""
+    name = stage.model.name
+    if options.scale:
+        for batching in scale.batchings(name, [mode[0] for mode in options.manta]):
+            yield scale.contestants(batching, options.manta_args)
+        return
+    executors: dict[str, str] = store.noted("executors", {})
+    if name not in executors:
+        executors[name] = pick_executor(stage, options.output)
+        store.note("executors", executors)
+    ours = [
+        Manta(batching, routers, precision, runtime, options.manta_args)
+        for batching, routers, precision, runtime in options.manta
+    ]
+    yield [Baseline(executors[name]), *ours, *peers]
 
 
 def write_report(options: argparse.Namespace, store: Store) -> None:
@@ -227,7 +250,8 @@ def write_report(options: argparse.Namespace, store: Store) -> None:
         "versions": store.noted("versions", []),
     }
     store.note("machine", facts["machine"])
-    page = report.markdown(store, facts)
+    sections = scale.section(store, int(facts["machine"]["cores"]))
+    page = "\n".join([report.markdown(store, facts), *sections])
     (options.output / "bench.md").write_text(page + "\n")
     print(page)
     try:

@@ -97,9 +97,9 @@ class Baseline(Contestant):
 
 
 class Manta(Contestant):
-    """`manta serve` in one batching mode, with so many Routers; with `precision` (fp32, bf16 or
-    fp16) it serves what `manta optimize` makes of the model, with `runtime` the same network as a
-    file of that runtime."""
+    """`manta serve` in one batching mode, with so many Routers and replicas of the model; with
+    `precision` (fp32, bf16 or fp16) it serves what `manta optimize` makes of the model, with
+    `runtime` the same network as a file of that runtime."""
 
     protocols = ("http", "grpc")
     has_statistics = True
@@ -111,11 +111,13 @@ class Manta(Contestant):
         precision: str = "",
         runtime: str = "",
         extra: Sequence[str] = (),
+        replicas: int = 1,
     ) -> None:
         self.batching, self.routers, self.precision = batching, routers, precision
-        self.runtime = runtime
+        self.runtime, self.replicas = runtime, replicas
         self.extra = tuple(extra)
         self.name = f"manta-{batching}" + (f"-x{routers}" if routers > 1 else "")
+        self.name += f"-r{replicas}" if replicas > 1 else ""
         self.name += "".join(f"-{one}" for one in (precision, runtime) if one)
         self.tolerance = REDUCED_TOLERANCE if precision in ("bf16", "fp16") else 1e-4
 
@@ -124,7 +126,8 @@ class Manta(Contestant):
         version = repository / stage.model.name / "1"
         version.mkdir(parents=True, exist_ok=True)
         engine = runtimes.write(self.runtime or "torchscript", stage.model, stage.file, version)
-        (version.parent / "config.pbtxt").write_text(engine + stage.model.config(stage.delay_us))
+        config = stage.model.config(stage.delay_us, self.replicas)
+        (version.parent / "config.pbtxt").write_text(engine + config)
         if self.precision:
             self._optimize(repository, stage)
         http_port, grpc_port, metrics_port = free_ports(3)

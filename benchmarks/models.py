@@ -39,7 +39,7 @@ class Model:
     warm_up_s: float = 0.7
     patience: float = 1.0
 
-    def config(self, delay_us: int) -> str:
+    def config(self, delay_us: int, instances: int = 1) -> str:
         """Its config.pbtxt, for any server that reads one; the backend's line is the caller's."""
         batch = MAX_BATCH if self.batched else 1
         dims = ", ".join(map(str, self.row))
@@ -49,7 +49,7 @@ class Model:
             f"max_batch_size: {batch}",
             f'input [ {{ name: "{INPUT}" data_type: TYPE_{self.datatype} dims: [ {dims} ] }} ]',
             f'output [ {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ {out} ] }} ]',
-            "instance_group [ { kind: KIND_CPU count: 1 } ]",
+            f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
         ]
         if self.batched:
             lines += [f"dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}"]

@@ -73,12 +73,13 @@ _SENT_PARAMETERS: Schema = {
     **record(binary_data_size={**_COUNT, "description": "Bytes of this tensor behind the JSON."}),
     "additionalProperties": True,
 }
+_NOT_YET: Schema = {**_COUNT, "maximum": 0, "description": "Not supported: other than 0 is 501."}
 _REQUEST_PARAMETERS: Schema = {
     **_PARAMETERS,
     "properties": {
         "binary_data_output": {**_FLAG, "description": "Send all outputs behind the JSON."},
-        "priority": _COUNT,
-        "timeout": {**_COUNT, "description": "Microseconds."},
+        "priority": _NOT_YET,
+        "timeout": _NOT_YET,
     },
 }
 _DURATION: Schema = record(("count", "ns"), count=_COUNT, ns=_COUNT)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from benchmarks import bench
+from benchmarks.contestants import Manta, Stage
 from benchmarks.models import MODELS
 from benchmarks.peers import PEERS
 from benchmarks.runtimes import RUNTIMES
+from benchmarks.store import Store
 from benchmarks.targets import DELAY_US
 
 
@@ -70,6 +75,36 @@ def test_a_whole_run_ends_with_the_runtimes_and_a_subset_is_no_whole_run():
     assert (runtimes.models, runtimes.rounds, runtimes.peers) == (["mlp"], 2, [])
     for words in (["--models=tiny"], ["--manta=direct"], ["--runtimes"]):
         assert len(bench.parts_of(bench.parse(words))) == 1
+
+
+def test_routers_by_replicas_are_a_run_of_their_own():
+    options = bench.parse(["--scale"])
+    assert (options.models, options.connections) == (["tiny", "mlp"], [64])
+    assert (options.manta, options.protocols, options.rounds) == ([], ["http", "grpc"], 3)
+    assert len(bench.parts_of(options)) == 1
+    chosen = bench.parse(["--scale", "--models=encoder", "--manta=serve", "--protocols=grpc"])
+    assert (chosen.models, chosen.protocols) == (["encoder"], ["grpc"])
+    assert [mode[0] for mode in chosen.manta] == ["serve"]
+
+
+def test_combinations_of_one_mode_are_started_together(tmp_path: Path):
+    options = bench.parse(["--scale", "--manta-args=--id=x"])
+    store = Store(tmp_path / "bench.json", {})
+    stage = Stage(MODELS["mlp"], Path("model.pt"), DELAY_US, np.zeros(1), np.zeros(1))
+    line_ups = list(bench.line_ups(options, stage, [], store))
+    assert [[one.name.split("-")[1] for one in everyone] for everyone in line_ups] == [
+        ["direct"] * 6,
+        ["serve"] * 6,
+    ]
+    assert all(isinstance(one, Manta) and one.extra == ("--id=x",) for one in line_ups[0])
+
+
+@pytest.mark.parametrize(
+    "argument", ["--manta=direct:2", "--manta=direct@aoti", "--peers=triton", "--runtimes"]
+)
+def test_what_does_not_go_with_routers_by_replicas(argument: str):
+    with pytest.raises(SystemExit):
+        bench.parse(["--scale", argument])
 
 
 def test_one_connection_also_without_delay_where_a_call_is_short():
