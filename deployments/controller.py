@@ -39,7 +39,7 @@ from .mirror import mirrors
 from .names import check_model_name
 from .polling import Poller
 from .repository import Repository
-from .statistics import Delta, Legacy, VersionKey
+from .statistics import Delta, Legacy, Peers, VersionKey
 from .types import LogSettings, ReplicaReport, Snapshot
 
 logger = logging.getLogger("ray.serve")
@@ -202,7 +202,7 @@ class Controller:
         lines: tuple[str, ...],
         log: LogSettings,
         asked: bool,
-    ) -> tuple[int, Legacy | None]:
+    ) -> tuple[int, Legacy | None, Peers]:
         """A Router's counters and lines since its last flush, applications where it lost a call,
         and how it logs: that outlives a Controller. Answers which life of the Controller has them,
         and what the Router should keep for the next.
@@ -217,7 +217,7 @@ class Controller:
             generation = self._catalogue.find(application)
             if generation is not None:
                 generation.suspect(time.monotonic())
-        return self._catalogue.epoch, legacy
+        return self._catalogue.epoch, legacy, self._aggregator.peers(router_id, delta.heard)
 
     async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
         """Triton's JSON form of the versions that serve, all of them or those asked for."""
