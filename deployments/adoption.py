@@ -17,7 +17,9 @@ from .overrides import Overrides
 from .types import ModelState, ReplicaReport
 
 POLL_S = 0.1
-ADOPTION_S = 5.0
+# Longer than a replica waits for an answer of the Controller before (`replica.HEARTBEAT_S` * 10): a
+# node that is lost without a word leaves calls to it open.
+ADOPTION_S = 12.0
 
 
 class Adoption:
