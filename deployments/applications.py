@@ -118,10 +118,12 @@ def exists(name: str) -> bool:
 
 def live() -> dict[str, dict[str, int]]:
     """Our model applications that Serve runs or starts, newest first, with their deployments and
-    how many replicas each has."""
+    how many replicas each has, but for those that leave."""
     found = {
         name: {
-            deployment: sum(one.replica_states.values())
+            deployment: sum(
+                count for state, count in one.replica_states.items() if state != "STOPPING"
+            )
             for deployment, one in status.deployments.items()
         }
         for name, status in _applications().items()
