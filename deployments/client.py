@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.request_router import (
     FIFOMixin,
@@ -42,6 +42,17 @@ _ENVELOPE_BYTES = 4096
 
 class _Ended(Exception):
     """The replica that a batch was sent to has ended, or cannot be reached."""
+
+
+# How it shows that whoever ran a batch is gone, or the node with an answer that was on its way.
+ENDINGS: tuple[type[Exception], ...] = (
+    _Ended,
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,
+    DeploymentUnavailableError,
+    RequestCancelledError,
+)
 
 
 class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
@@ -138,17 +149,12 @@ class HandleClient:
             reply: BatchReply = await asyncio.wait_for(_result(response), self._limit_s)
         except asyncio.TimeoutError:
             raise QueueTimeout(self._model_name) from None
-        except (
-            _Ended,
-            RayActorError,
-            DeploymentUnavailableError,
-            RequestCancelledError,
-        ) as error:
+        except ENDINGS as error:
             raise ReplicaLost(self._model_name) from error
         except RayTaskError as error:
             if isinstance(error.cause, MantaError):
                 raise error.cause from None
-            if isinstance(error.cause, RayActorError):
+            if isinstance(error.cause, ENDINGS):
                 raise ReplicaLost(self._model_name) from error
             raise
         return reply

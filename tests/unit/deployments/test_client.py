@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import exceptions
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments.channel import ChannelError
-from deployments.client import LeastLoaded, Origin, Reach, _Ended
+from deployments.client import ENDINGS, LeastLoaded, Origin, Reach, _Ended
 from deployments.types import Batch, ChannelAddress, Endpoint
 
 BATCH = Batch(rows=(1,), inputs=(), outputs=())
@@ -69,6 +70,23 @@ def test_a_batch_under_which_its_replica_ended_is_not_sent_to_another() -> None:
 @pytest.mark.parametrize(("lost", "is_retry"), [("other", True), ("one", False)])
 def test_control_a_batch_that_never_was_there_is_still_sent(lost: str, is_retry: bool) -> None:
     assert routed(lost=lost, named="one", is_retry=is_retry) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        (exceptions.ActorDiedError, True),
+        (exceptions.ActorUnavailableError, True),
+        (exceptions.NodeDiedError, True),
+        (exceptions.OwnerDiedError, True),
+        (exceptions.ObjectReconstructionFailedError, True),
+        (exceptions.ObjectStoreFullError, False),  # that of this node
+        (exceptions.RaySystemError, False),
+        (exceptions.RayTaskError, False),
+    ],
+)
+def test_which_of_rays_errors_tell_that_a_replica_is_gone(kind: type, ends: bool) -> None:
+    assert issubclass(kind, ENDINGS) is ends
 
 
 @pytest.mark.parametrize(
