@@ -25,7 +25,9 @@ from .types import ModelState, Override, ReplicaReport
 logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
-ADOPTION_S = 5.0
+# Longer than a replica waits for an answer of the Controller before (`replica.HEARTBEAT_S` * 10): a
+# node that is lost without a word leaves calls to it open.
+ADOPTION_S = 12.0
 
 
 @dataclass(frozen=True)

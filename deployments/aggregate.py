@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import windows
 from .autoscaler import Load
-from .statistics import Delta, Legacy, Recent, Totals, VersionKey, add
+from .statistics import Delta, Legacy, Peers, Recent, Totals, VersionKey, add
 
 # Late totals of an unloaded generation must not bring it back; this many are remembered.
 _REMEMBERED_DROPS = 4096
@@ -36,9 +36,11 @@ class LoadedVersion:
 
 @dataclass(slots=True)
 class _Share:
-    """One Router's part in one version; `base` is what it had before it began again at zero."""
+    """One Router's part in one version; `base` is what it had before it began again at zero.
+    `change` is the number of the latest change of it, among all shares'."""
 
     sequence: int = -1
+    change: int = 0
     base: Totals = field(default_factory=Totals)
     totals: Totals = field(default_factory=Totals)
 
@@ -72,6 +74,7 @@ class Aggregator:
         self._dropped: dict[VersionKey, None] = {}
         self._gone: set[str] = set()
         self._legacy = Legacy()
+        self._changes = 0
 
     def open(self, key: VersionKey, load_s: float, tags: Mapping[str, str] | None = None) -> None:
         """This generation now serves the version; its statistics are reported, from zero on."""
@@ -117,6 +120,20 @@ class Aggregator:
             share = self._shares.setdefault(key, {}).setdefault(router_id, _Share())
             if sequence > share.sequence:
                 _advance(share, sequence, totals)
+                self._changes += 1
+                share.change = self._changes
+
+    def peers(self, router_id: str, heard: int) -> Peers:
+        """What the others have counted, where it has changed since that Router has heard of it."""
+        return Peers(
+            self._changes,
+            tuple(
+                (key, other, share.sequence, add(share.base, share.totals))
+                for key, by_router in self._shares.items()
+                for other, share in by_router.items()
+                if share.change > heard and other != router_id and other not in self._gone
+            ),
+        )
 
     def _inherit(self) -> None:
         """What Routers that are gone have counted is another than before."""

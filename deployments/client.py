@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.request_router import (
     FIFOMixin,
     PendingRequest,
+    ReplicaID,
     RequestRouter,
     RunningReplica,
 )
@@ -32,8 +34,25 @@ from .types import Array, Batch, BatchReply, Endpoint
 
 logger = logging.getLogger("manta.client")
 
+# Replicas that could not be reached, in one deployment's life; the last ones are enough.
+_REMEMBERED = 256
 # What a batch message costs beyond its tensors, generously: names, shapes, pickle framing.
 _ENVELOPE_BYTES = 4096
+
+
+class _Ended(Exception):
+    """The replica that a batch was sent to has ended, or cannot be reached."""
+
+
+# How it shows that whoever ran a batch is gone, or the node with an answer that was on its way.
+ENDINGS: tuple[type[Exception], ...] = (
+    _Ended,
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,
+    DeploymentUnavailableError,
+    RequestCancelledError,
+)
 
 
 class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
@@ -41,7 +60,14 @@ class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     Else the one with the shortest queue among all: Serve's default looks at two replicas picked at
     random; with three or more it can pick two busy ones while a third is idle.
+
+    A batch under which its replica ended is not sent to another one, as Serve would: it may be what
+    ended it, and would end them all in turn.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unreachable: deque[str] = deque(maxlen=_REMEMBERED)
 
     async def choose_replicas(
         self,
@@ -54,6 +80,27 @@ class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
                 if replica.replica_id.unique_id == named[0]:
                     return [[replica]]
         return [candidate_replicas]
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_unavailable(replica_id)
+        self._unreachable.append(replica_id.unique_id)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._unreachable.append(replica_id.unique_id)
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Serve asks again after a replica was too busy, and after it could not be reached: then
+        nobody knows whether it had begun."""
+        named = pending_request.args[1:2]
+        if is_retry and named and named[0] in self._unreachable:
+            raise _Ended
+        chosen: RunningReplica = await super()._choose_replica_for_request(
+            pending_request, is_retry=is_retry
+        )
+        return chosen
 
 
 class HandleClient:
@@ -102,12 +149,12 @@ class HandleClient:
             reply: BatchReply = await asyncio.wait_for(_result(response), self._limit_s)
         except asyncio.TimeoutError:
             raise QueueTimeout(self._model_name) from None
-        except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as error:
+        except ENDINGS as error:
             raise ReplicaLost(self._model_name) from error
         except RayTaskError as error:
             if isinstance(error.cause, MantaError):
                 raise error.cause from None
-            if isinstance(error.cause, RayActorError):
+            if isinstance(error.cause, ENDINGS):
                 raise ReplicaLost(self._model_name) from error
             raise
         return reply

@@ -40,7 +40,7 @@ from .names import check_model_name
 from .polling import Poller
 from .repository import Repository
 from .scaling import Scaling
-from .statistics import Delta, Legacy, VersionKey
+from .statistics import Delta, Legacy, Peers, VersionKey
 from .types import LogSettings, ReplicaReport, Snapshot, TraceChanges
 
 logger = logging.getLogger("ray.serve")
@@ -219,7 +219,7 @@ class Controller:
         log: LogSettings,
         asked: bool,
         trace: TraceChanges,
-    ) -> tuple[int, Legacy | None]:
+    ) -> tuple[int, Legacy | None, Peers]:
         """A Router's counters and lines since its last flush, applications where it lost a call,
         and how it logs and traces: that outlives a Controller. Answers which life of the Controller
         has them, and what the Router should keep for the next.
@@ -237,7 +237,7 @@ class Controller:
             generation = self._catalogue.find(application)
             if generation is not None:
                 generation.suspect(time.monotonic())
-        return self._catalogue.epoch, legacy
+        return self._catalogue.epoch, legacy, self._aggregator.peers(router_id, delta.heard)
 
     async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
         """Triton's JSON form of the versions that serve, all of them or those asked for."""

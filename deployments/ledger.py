@@ -52,7 +52,7 @@ class Ledger:
         lost, self._lost = tuple(self._lost), set()
         lines, settings = self._log.take(), self._log.settings
         try:
-            epoch, legacy = await self._controller.push.remote(
+            epoch, legacy, peers = await self._controller.push.remote(
                 self._router_id, delta, lost, lines, settings, asked, self.trace
             )
         except BaseException:
@@ -60,7 +60,7 @@ class Ledger:
             self._log.give_back(lines)
             raise
         if epoch == self._epoch:
-            self.recorder.acknowledge(sequence, legacy)
+            self.recorder.acknowledge(sequence, legacy, peers)
         else:  # a new one, which knows nothing
             self._epoch = epoch
             self.recorder.resend()

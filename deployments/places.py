@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from .batcher import ModelClient
+from .errors import ReplicaLost
 from .types import Batch, BatchReply, Endpoint, Target
 
 logger = logging.getLogger("manta.places")
@@ -21,6 +22,9 @@ logger = logging.getLogger("manta.places")
 # How long a place rests that refused a batch: it was promised to another Router.
 BACKOFF_S = 0.005
 BACKOFF_MAX_S = 0.080
+# How long one rests under which a call through Serve was lost. By then the Controller has asked
+# after its replica, and has told that it is gone (`catalogue.SUSPECT_S`) unless it is not.
+LOST_S = 5.0
 # A channel that broke is tried again this often; an instance that is still reported after the first
 # few failures is then reached through Serve.
 RECONNECT_S = 0.5
@@ -73,19 +77,19 @@ class Place:
     def __init__(self, client: ModelClient | Channel, changed: Callable[[], None]) -> None:
         self._client = client
         self._changed = changed
-        self._resting = False
+        self._rests = 0
         self._backoff_s = BACKOFF_S
         self.running = 0
 
     @property
     def idle(self) -> bool:
         """Whether a batch that comes now starts at once."""
-        return self.running == 0 and not self._resting
+        return self.running == 0 and not self._rests
 
     @property
     def ahead(self) -> bool:
         """Whether one may be sent to wait beside the one that runs."""
-        return self.running == 1 and not self._resting
+        return self.running == 1 and not self._rests
 
     def execute(self, batch: Batch) -> Awaitable[BatchReply]:
         return self._client.execute(batch)
@@ -101,14 +105,36 @@ class Place:
 
     def refused(self) -> None:
         """Nothing comes here for a while, for longer each time in a row."""
-        self._resting = True
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._backoff_s, self._thaw, context=contextvars.Context())
+        self.rest(self._backoff_s)
         self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
 
+    def rest(self, for_s: float) -> None:
+        """Nothing comes here for so long."""
+        self._rests += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(for_s, self._thaw, context=contextvars.Context())
+
     def _thaw(self) -> None:
-        self._resting = False
+        self._rests -= 1
         self._changed()
+
+
+class ServePlace(Place):
+    """One instance that is reached through Serve. `lost` is called when its replica has ended."""
+
+    def __init__(
+        self, client: ModelClient, changed: Callable[[], None], lost: Callable[[], None]
+    ) -> None:
+        super().__init__(client, changed)
+        self._lost = lost
+
+    async def execute(self, batch: Batch) -> BatchReply:
+        try:
+            return await self._client.execute(batch)
+        except ReplicaLost:
+            # Before the next batch is sent: it would be lost at once, and so would all that wait.
+            self._lost()
+            raise
 
 
 class LocalPlace(Place):
@@ -120,11 +146,11 @@ class LocalPlace(Place):
 
     @property
     def idle(self) -> bool:
-        return self.running == 0 and not self._resting and self._channel.idle
+        return self.running == 0 and not self._rests and self._channel.idle
 
     @property
     def ahead(self) -> bool:
-        return self.running == 1 and not self._resting and self._channel.ahead
+        return self.running == 1 and not self._rests and self._channel.ahead
 
     def want(self) -> None:
         self._channel.want()
@@ -258,7 +284,13 @@ class Places:
 
     def _through_serve(self, seat: _Seat) -> None:
         client = self._reach.through_serve(seat.deployment, seat.endpoint.replica_id)
-        seat.place = Place(client, self._changed)
+        seat.place = ServePlace(client, self._changed, lambda: self._lost(seat.endpoint.replica_id))
+
+    def _lost(self, replica_id: str) -> None:
+        """Whoever runs there has gone with it: none of its instances is sent anything for now."""
+        for seat in self._seats.values():
+            if seat.endpoint.replica_id == replica_id and isinstance(seat.place, ServePlace):
+                seat.place.rest(LOST_S)
 
     def _heard(self, seat: _Seat) -> None:
         """Its channel has news: a grant, another limit, or its end."""

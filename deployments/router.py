@@ -51,7 +51,8 @@ logger = logging.getLogger("ray.serve")
 FLUSH_S = 1.0
 RETRY_S = 0.2
 JOIN_S = 5.0
-# Questions to the Controller that it answers at once, unless it is being replaced.
+# Questions to the Controller that it answers at once, unless it is being replaced. Its node may be
+# lost without a word: then no connection ever breaks, and what is asked of it is never answered.
 ANSWER_S = 10.0
 
 
@@ -158,9 +159,9 @@ class Router:
     async def _follow(self) -> None:
         while True:
             try:
-                snapshot = await self._watch()
+                snapshot = await asyncio.wait_for(_awaited(self._watch), ANSWER_S)
                 if snapshot is None:
-                    await self._ledger.flush(asked=True)
+                    await asyncio.wait_for(self._ledger.flush(asked=True), ANSWER_S)
                     continue
             except asyncio.CancelledError:
                 raise
@@ -280,7 +281,7 @@ class Router:
                 await asyncio.wait_for(self._starved.wait(), FLUSH_S)
             self._starved.clear()
             with contextlib.suppress(Exception):
-                await self._ledger.flush()
+                await asyncio.wait_for(self._ledger.flush(), ANSWER_S)
 
     def _pending(self) -> dict[VersionKey, int]:
         return {line.key: line.gate.pending for line in self._lines.values()}

@@ -120,7 +120,7 @@ def add(one: Totals, other: Totals) -> Totals:
 Recent: TypeAlias = tuple[Mapping[int, int], ...]
 
 
-# A Router that is gone, the number of its last delta, and what it had counted of a version by then.
+# A Router, the number of its last delta, and what it had counted of a version by then.
 Share: TypeAlias = tuple[VersionKey, str, int, Totals]
 
 
@@ -134,13 +134,22 @@ class Legacy:
 
 
 @dataclass(frozen=True, slots=True)
+class Peers:
+    """What other Routers that live have counted, as far as it is news: a node may take one of them
+    and the Controller at once. `number` tells up to which change, in one Controller's life."""
+
+    number: int = 0
+    shares: tuple[Share, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What changed in one Router since the last acknowledged delta, as totals since its start.
 
     `pending` are the requests that wait now, `running` the batches that run or are sent ahead, and
     `recent` the windows of summaries where these are asked for: gauges, complete each time.
     `legacy` is complete for a Controller that is new, and else only the number of what this Router
-    has.
+    has; `heard` is that of its Peers.
     """
 
     sequence: int
@@ -149,6 +158,7 @@ class Delta:
     recent: tuple[tuple[VersionKey, Recent], ...] = ()
     legacy: Legacy = Legacy()
     running: tuple[tuple[VersionKey, int], ...] = ()
+    heard: int = 0
 
 
 class Counters:
@@ -248,6 +258,8 @@ class Recorder:
         self._known: dict[VersionKey, tuple[int, int, int]] = {}
         self._sent: Delta | None = None
         self._legacy = Legacy()
+        self._peers: dict[tuple[VersionKey, str], Share] = {}
+        self._heard = 0
         self._owed = True
 
     def counters(self, key: VersionKey) -> Counters:
@@ -260,6 +272,8 @@ class Recorder:
         """The version is gone for good: a later load has another generation."""
         self._counters.pop(key, None)
         self._known.pop(key, None)
+        for place in [place for place in self._peers if place[0] == key]:
+            del self._peers[place]
 
     def flush(
         self,
@@ -278,9 +292,12 @@ class Recorder:
             for gauge in (pending, running)
         ]
         kept = self._legacy
-        legacy = Legacy(0, kept.shares) if self._owed else Legacy(kept.number)
+        legacy = Legacy(kept.number)
+        if self._owed:  # whoever lives says so itself, and counts for no longer gone
+            legacy = Legacy(0, (*kept.shares, *self._peers.values()))
+        recent = self._recent()
         self._sent = Delta(
-            sequence, tuple(changed), gauges[0], self._recent(), legacy, running=gauges[1]
+            sequence, tuple(changed), gauges[0], recent, legacy, gauges[1], self._heard
         )
         return self._sent
 
@@ -298,7 +315,9 @@ class Recorder:
                 found.append((key, counts))
         return tuple(found)
 
-    def acknowledge(self, sequence: int, legacy: Legacy | None = None) -> None:
+    def acknowledge(
+        self, sequence: int, legacy: Legacy | None = None, peers: Peers | None = None
+    ) -> None:
         """The Controller has that delta, and may have answered what to keep for the next one.
         Acknowledgements of older ones change nothing.
         """
@@ -309,11 +328,15 @@ class Recorder:
                     self._known[key] = totals.settled
             if legacy is not None:
                 self._legacy = legacy
+            if peers is not None:
+                self._heard = peers.number
+                self._peers |= {(share[0], share[1]): share for share in peers.shares}
 
     def resend(self) -> None:
         """The Controller is new and knows nothing: the next delta holds everything."""
         self._known.clear()
         self._sent = None
+        self._heard = 0
         self._owed = True
 
 

@@ -64,6 +64,14 @@ def test_ray_serve() -> None:
     assert "namespace" in inspect.signature(RayInternalKVStore).parameters
     assert "_blocking" in inspect.signature(serve.delete).parameters
     assert inspect.iscoroutinefunction(request_router.RequestRouter.choose_replicas)
+    choose = inspect.signature(request_router.RequestRouter._choose_replica_for_request)
+    assert list(choose.parameters) == ["self", "pending_request", "is_retry"]
+    # After a call that may have begun, and before Serve chooses again.
+    for name in ("on_replica_actor_unavailable", "on_replica_actor_died"):
+        assert list(inspect.signature(getattr(request_router.RequestRouter, name)).parameters) == [
+            "self",
+            "replica_id",
+        ]
     assert "__serve_build_asgi_app__" in inspect.getsource(serve.ingress)
     assert callable(authentication_utils.is_token_auth_enabled)
     assert callable(NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids)

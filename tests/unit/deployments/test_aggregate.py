@@ -332,3 +332,87 @@ def test_what_is_unloaded_leaves_no_legacy():
     aggregator, _, alive = dead_and_alive()
     aggregator.drop(KEY)
     assert aggregator.apply("alive", alive.flush(4)) == Legacy(2)
+
+
+# --- a node that takes a Router and the Controller at once ---------------------------------------
+
+
+def two_that_live():
+    """An aggregator of two Routers, of which `alive` has heard what `dead` has counted."""
+    aggregator, dead, alive = Aggregator(), recorder(), recorder()
+    aggregator.open(KEY, 0)
+    for sequence in (1, 2):
+        two_in_a_batch(dead.counters(KEY))
+        aggregator.apply("dead", dead.flush(sequence))
+    two_in_a_batch(alive.counters(KEY))
+    tell(aggregator, alive, 1)
+    return aggregator, dead, alive
+
+
+def tell(aggregator, router, sequence, name="alive"):
+    """One flush, as Ledger and Controller do it; what was news about the others."""
+    delta = router.flush(sequence)
+    legacy = aggregator.apply(name, delta)
+    peers = pickle.loads(pickle.dumps(aggregator.peers(name, delta.heard)))
+    router.acknowledge(sequence, legacy, peers)
+    return [(other, totals.success) for _, other, _, totals in peers.shares]
+
+
+def test_what_a_router_counted_that_dies_with_the_controller_is_not_lost():
+    _, _, alive = two_that_live()
+    alive.resend()
+    after = Aggregator()
+    after.open(KEY, 0)
+    tell(after, alive, 2)
+    assert reported(after)["inference_count"] == 6
+    alive.resend()  # and that one dies as well
+    after = Aggregator()
+    after.open(KEY, 0)
+    tell(after, alive, 3)
+    assert reported(after)["inference_count"] == 6
+
+
+def test_control_who_has_not_heard_of_it_cannot_tell():
+    _, _, alive = two_that_live()
+    alive._peers.clear()
+    alive.resend()
+    after = Aggregator()
+    after.open(KEY, 0)
+    tell(after, alive, 2)
+    assert reported(after)["inference_count"] == 2
+
+
+def test_when_only_the_controller_dies_nobody_is_counted_twice():
+    for first in ("alive", "dead"):
+        _, other, alive = two_that_live()
+        routers = {"alive": alive, "dead": other}
+        two_in_a_batch(other.counters(KEY))
+        for router in routers.values():
+            router.resend()
+        after = Aggregator()
+        after.open(KEY, 0)
+        for sequence in (5, 6):
+            for name in sorted(routers, key=lambda name: name != first):
+                tell(after, routers[name], sequence, name)
+        assert reported(after)["inference_count"] == 8
+        after.retire("dead")
+        assert reported(after)["inference_count"] == 8
+
+
+def test_only_news_of_the_others_is_told():
+    aggregator, dead, alive = two_that_live()
+    assert tell(aggregator, alive, 2) == []
+    two_in_a_batch(dead.counters(KEY))
+    assert tell(aggregator, dead, 3, "dead") == [("alive", 2)]
+    assert tell(aggregator, alive, 3) == [("dead", 6)]
+    assert tell(aggregator, alive, 4) == []
+
+
+def test_what_is_unloaded_is_not_kept_of_the_others_either():
+    aggregator, dead, alive = two_that_live()
+    alive.discard(KEY)
+    aggregator.drop(KEY)
+    two_in_a_batch(dead.counters(KEY))
+    tell(aggregator, dead, 3, "dead")
+    assert tell(aggregator, alive, 2) == []
+    assert not alive._peers

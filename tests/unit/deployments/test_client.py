@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import exceptions
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments.channel import ChannelError
-from deployments.client import LeastLoaded, Origin, Reach
+from deployments.client import ENDINGS, LeastLoaded, Origin, Reach, _Ended
 from deployments.types import Batch, ChannelAddress, Endpoint
 
 BATCH = Batch(rows=(1,), inputs=(), outputs=())
@@ -35,6 +38,55 @@ def test_a_batch_goes_to_the_replica_that_it_names() -> None:
 def test_any_other_call_to_the_least_loaded_of_all(arguments: tuple[object, ...]) -> None:
     one, two = replica("one"), replica("two")
     assert chosen([one, two], *arguments) == [[one, two]]
+
+
+GROUP = DeploymentID("group", "app")
+
+
+def routed(*, lost: str, named: str, is_retry: bool) -> Any:
+    """What Serve's router chooses for a call that names a replica, after one could not be reached;
+    None while it still looks for one."""
+
+    async def choose() -> Any:
+        router = LeastLoaded(GROUP, DeploymentHandleSource.REPLICA)
+        router.on_replica_actor_unavailable(ReplicaID(lost, GROUP))
+        metadata = RequestMetadata(request_id="r", internal_request_id="i", call_method="execute")
+        call = PendingRequest(args=[BATCH, named], kwargs={}, metadata=metadata)
+        choice = router._choose_replica_for_request(call, is_retry=is_retry)
+        try:
+            return await asyncio.wait_for(choice, 0.05)
+        except asyncio.TimeoutError:
+            return None
+
+    return asyncio.run(choose())
+
+
+def test_a_batch_under_which_its_replica_ended_is_not_sent_to_another() -> None:
+    """Serve would: what ended one would end them all."""
+    with pytest.raises(_Ended):
+        routed(lost="one", named="one", is_retry=True)
+
+
+@pytest.mark.parametrize(("lost", "is_retry"), [("other", True), ("one", False)])
+def test_control_a_batch_that_never_was_there_is_still_sent(lost: str, is_retry: bool) -> None:
+    assert routed(lost=lost, named="one", is_retry=is_retry) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        (exceptions.ActorDiedError, True),
+        (exceptions.ActorUnavailableError, True),
+        (exceptions.NodeDiedError, True),
+        (exceptions.OwnerDiedError, True),
+        (exceptions.ObjectReconstructionFailedError, True),
+        (exceptions.ObjectStoreFullError, False),  # that of this node
+        (exceptions.RaySystemError, False),
+        (exceptions.RayTaskError, False),
+    ],
+)
+def test_which_of_rays_errors_tell_that_a_replica_is_gone(kind: type, ends: bool) -> None:
+    assert issubclass(kind, ENDINGS) is ends
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ class Push:
         self.lost += lost
         self.asked.append(asked)
         self.trace = trace
-        return self.epoch, self.aggregator.apply(router_id, delta)
+        legacy = self.aggregator.apply(router_id, delta)
+        return self.epoch, legacy, self.aggregator.peers(router_id, delta.heard)
 
     def inferences(self):
         return self.aggregator.report("m", "1")["inference_count"]
@@ -137,6 +138,18 @@ def test_what_a_dead_router_counted_is_there_in_the_next_controllers_life(contro
     push.begin(3)  # and in the one after it
     other.flush()
     assert push.inferences() == 7
+
+
+def test_what_a_router_counted_that_dies_with_its_controller_is_there_in_the_next_life(controller):
+    one, other, push = Router("one", controller), Router("other", controller), controller.push
+    one.count(2)
+    one.flush()
+    other.count(5)
+    other.flush()
+    for epoch in (2, 3):
+        push.begin(epoch)
+        other.flush()
+        assert push.inferences() == 7
 
 
 def test_two_flushes_at_a_time_count_once(controller):

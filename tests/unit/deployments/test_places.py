@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from deployments.errors import ReplicaLost
-from deployments.places import PATIENCE, RECONNECT_S, LocalPlace, Place, Places
+from deployments.places import LOST_S, PATIENCE, RECONNECT_S, LocalPlace, Place, Places
 from deployments.types import Batch, BatchReply, ChannelAddress, Endpoint, Target
 
 from .virtual_time import run, settle
@@ -49,10 +49,13 @@ class Channel:
 class Handle:
     """A replica that is reached through Serve."""
 
-    def __init__(self, name):
+    def __init__(self, name, ended):
         self.name = name
+        self._ended = ended
 
     async def execute(self, batch):
+        if self.name in self._ended:
+            raise ReplicaLost("m")
         return BatchReply(())
 
     async def aclose(self):
@@ -60,11 +63,12 @@ class Handle:
 
 
 class Reach:
-    """`broken` replicas have no channel that could be opened."""
+    """`broken` replicas have no channel that could be opened; calls to `ended` ones are lost."""
 
     def __init__(self):
         self.opened = []
         self.broken = set()
+        self.ended = set()
         self.attempts = 0
         self.closed = False
 
@@ -80,7 +84,7 @@ class Reach:
         return channel
 
     def through_serve(self, deployment, replica_id):
-        return Handle(f"{deployment}/{replica_id}")
+        return Handle(f"{deployment}/{replica_id}", self.ended)
 
     async def aclose(self):
         self.closed = True
@@ -127,9 +131,9 @@ def names(places):
 @drive
 async def test_a_place_per_instance_here_and_elsewhere(places, reach, calls):
     places.follow([target(here("a", 2)), target(elsewhere("b", 3), name="other")])
-    assert names(places) == ["Place"] * 3  # the channels are not open yet
+    assert names(places) == ["ServePlace"] * 3  # the channels are not open yet
     await settle()
-    assert sorted(names(places)) == ["LocalPlace"] * 2 + ["Place"] * 3
+    assert sorted(names(places)) == ["LocalPlace"] * 2 + ["ServePlace"] * 3
     assert [(name, instance) for name, instance, _ in reach.opened] == [("a", 0), ("a", 1)]
     assert calls  # somebody may wait for them
 
@@ -218,7 +222,7 @@ async def test_a_replica_that_died_has_no_place_until_it_is_reported_for_long(pl
     await asyncio.sleep(RECONNECT_S * (PATIENCE - 1))
     assert names(places) == []  # nothing is sent to where probably nobody lives
     await asyncio.sleep(RECONNECT_S * 3)
-    assert names(places) == ["Place"]  # it lives, it says: then through Serve
+    assert names(places) == ["ServePlace"]  # it lives, it says: then through Serve
     reach.broken.clear()
     await asyncio.sleep(RECONNECT_S * 1.5)
     assert names(places) == ["LocalPlace"]
@@ -229,8 +233,43 @@ async def test_one_that_never_had_a_channel_is_reached_through_serve_at_once(pla
     reach.broken.add("a")
     places.follow([target(here("a"))])
     await settle()
-    assert names(places) == ["Place"]
+    assert names(places) == ["ServePlace"]
     assert isinstance(await places.idle().execute(BATCH), BatchReply)
+
+
+@drive
+async def test_where_a_call_was_lost_nothing_is_sent_for_a_while(places, reach, calls):
+    """Its calls come back at once, and it would seem free for all that waits."""
+    places.follow([target(elsewhere("a", 2)), target(elsewhere("b"), name="other")])
+    reach.ended.add("group/a")
+    place = places.idle()
+    place.running += 1
+    with pytest.raises(ReplicaLost):
+        await place.execute(BATCH)
+    place.running -= 1
+    assert names(places) == ["ServePlace"]  # b's: both of a's rest
+    other = places.idle()
+    other.running += 1
+    assert isinstance(await other.execute(BATCH), BatchReply)
+    other.running -= 1
+    before = len(calls)
+    await asyncio.sleep(LOST_S * 1.1)
+    assert names(places) == ["ServePlace"] * 3  # the Controller has not said that it is gone
+    assert len(calls) > before
+
+
+@drive
+async def test_a_refusal_does_not_cut_the_rest_after_a_loss_short(places, reach, calls):
+    places.follow([target(elsewhere("a"))])
+    reach.ended.add("group/a")
+    place = places.idle()
+    with pytest.raises(ReplicaLost):
+        await place.execute(BATCH)
+    place.refused()
+    await asyncio.sleep(LOST_S / 2)
+    assert places.idle() is None
+    await asyncio.sleep(LOST_S)
+    assert places.idle() is place
 
 
 @drive
