@@ -26,9 +26,9 @@ GOOD = {
     "inputs": [{"name": "INPUT__0", "datatype": "FP32", "shape": [1, 8], "data": [0.5] * 8}],
 }
 VALUES = {"model": ("mlp", "strings", "nobody"), "version": ("1", "2"), "region": ("fuzzed",)}
-SETTINGS = ("/v2/logging", "/v2/trace/setting")
-# Those of a model, which go by the server's again once all are null.
-OF_MODELS = tuple(f"/v2/models/{model}/trace/setting" for model in VALUES["model"])
+LOGGING = "/v2/logging"
+# Of these null brings back what the server began with.
+TRACES = ("/v2/trace/setting", *(f"/v2/models/{model}/trace/setting" for model in VALUES["model"]))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def target(
     """The shared server, which is left as it was."""
     models = MODELS if request.node.get_closest_marker("long") else FEW
     with httpx.Client(base_url=f"http://{server.http}", timeout=60) as client:
-        before = {path: client.get(path) for path in (*SETTINGS, *OF_MODELS)}
+        before = {path: client.get(path) for path in (LOGGING, *TRACES)}
         index = client.post("/v2/repository/index").json()
         secrets = [str(models_root), str(server.folder), str(ROOT), sys.prefix]
         yield Target(
@@ -61,9 +61,10 @@ def target(
         )
         for path, was in before.items():
             if was.is_success:
-                settings = was.json() if path in SETTINGS else dict.fromkeys(was.json())
-                changes = {key: settings[key] for key in settings if not key.endswith("_file")}
-                assert client.post(path, json=changes).is_success
+                settings = was.json() if path == LOGGING else dict.fromkeys(was.json())
+                fixed = ("log_file", "trace_file", "trace_mode")
+                changes = {key: settings[key] for key in settings if key not in fixed}
+                assert client.post(path, json=changes).json() == was.json()
         assert client.post("/v2/systemsharedmemory/unregister").is_success
         assert client.post("/v2/repository/index").json() == index
 
