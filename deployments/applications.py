@@ -146,6 +146,13 @@ def has_replicas(name: str, deployment: str) -> bool:
     return any(actor["name"].startswith(prefix) for actor in actors)
 
 
+def running(name: str, deployment: str) -> int:
+    """How many replicas of a deployment Serve counts on."""
+    found = _applications().get(name)
+    states = found.deployments[deployment].replica_states if found else {}
+    return int(states.get("RUNNING", 0))
+
+
 def has_proxy() -> bool:
     """Whether Serve's own HTTP proxy runs, which would take half the traffic of our ports."""
     with _SERVE_CALLS:
