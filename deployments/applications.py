@@ -148,9 +148,9 @@ def has_replicas(name: str, deployment: str) -> bool:
 
 def running(name: str, deployment: str) -> int:
     """How many replicas of a deployment Serve counts on."""
-    found = _applications().get(name)
-    states = found.deployments[deployment].replica_states if found else {}
-    return int(states.get("RUNNING", 0))
+    application = _applications().get(name)
+    found = application.deployments.get(deployment) if application else None
+    return int(found.replica_states.get("RUNNING", 0)) if found else 0
 
 
 def has_proxy() -> bool:

@@ -151,10 +151,10 @@ class Router:
 
     async def _relieves(self, application: str) -> bool:
         """Whether a Router of the same application has its ports open."""
-        if not await asyncio.to_thread(applications.running, application, "Router"):
-            return False
-        router = serve.get_deployment_handle("Router", application)
         try:
+            if not await asyncio.to_thread(applications.running, application, "Router"):
+                return False
+            router = serve.get_deployment_handle("Router", application)
             serves: bool = await asyncio.wait_for(
                 _awaited(lambda: router.serving.remote()), ANSWER_S
             )
