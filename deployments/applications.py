@@ -150,6 +150,13 @@ def has_replicas(name: str, deployment: str) -> bool:
     return any(actor["name"].startswith(prefix) for actor in actors)
 
 
+def running(name: str, deployment: str) -> int:
+    """How many replicas of a deployment Serve counts on."""
+    application = _applications().get(name)
+    found = application.deployments.get(deployment) if application else None
+    return int(found.replica_states.get("RUNNING", 0)) if found else 0
+
+
 def has_proxy() -> bool:
     """Whether Serve's own HTTP proxy runs, which would take half the traffic of our ports."""
     with _SERVE_CALLS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+# Turns of the loop in which what it has accepted becomes a connection.
+SETTLE_TURNS = 3
 # Clients that keep a connection get this long to be told `Connection: close` and leave.
 DRAIN_WINDOW_S = 1.0
 
@@ -46,6 +49,9 @@ class HttpListener:
                 ws="none",
                 lifespan="off",
                 loop="none",
+                # Its own would close all handlers of this process, and Serve asks a Router for the
+                # place of its log: one that fails to answer is stopped.
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 proxy_headers=False,
@@ -73,6 +79,7 @@ class HttpListener:
         if self._task is None:
             self._claim.close()
             return
+        await self._accept_all()
         for server in getattr(self._server, "servers", ()):
             server.close()
         loop = asyncio.get_running_loop()
@@ -83,6 +90,20 @@ class HttpListener:
         with contextlib.suppress(Exception):
             await self._task
         self._claim.close()
+
+    async def _accept_all(self) -> None:
+        """What waits to be accepted when the socket is closed would be reset. The loop accepts one
+        or all in a turn, whichever it is; those that go on coming are not waited for."""
+        if self._claim.socket.fileno() < 0:
+            return
+        look = select.poll()
+        look.register(self._claim.socket, select.POLLIN)
+        for _ in range(BACKLOG):
+            if not look.poll(0):
+                break
+            await asyncio.sleep(0)
+        for _ in range(SETTLE_TURNS):
+            await asyncio.sleep(0)
 
 
 def _protocol(app: Any, settings: ServerSettings) -> type[asyncio.Protocol]:

@@ -23,6 +23,7 @@ from configs import metrics, tracing
 from configs.model import ModelConfig
 from configs.server import ServerSettings
 
+from . import applications
 from .batcher import Batcher, Collect, serve_collect
 from .census import Census, census
 from .client import Origin, Reach
@@ -119,7 +120,7 @@ class Router:
         self.grpc_verbs = GrpcServicer(self._inference)
         self._listener = self._claim(context.app_name)
         self._opened = False
-        await self._join()
+        await self._join(context.app_name)
         loop = asyncio.get_running_loop()
         works = (self._follow(), self._flush_forever(), self._gauges.run())
         self._tasks = [loop.create_task(work) for work in works]
@@ -140,15 +141,40 @@ class Router:
 
     # --- following the Controller ----------------------------------------------------------------
 
-    async def _join(self) -> None:
-        """Where models serve already, this Router does too before another one leaves for it."""
+    async def _join(self, application: str) -> None:
+        """Where models serve already, this Router does too before another one leaves for it: that
+        may be as soon as this one is constructed. Otherwise a first load is not waited for."""
+        relieves = await self._relieves(application)
+        while True:
+            try:
+                snapshot = await asyncio.wait_for(_awaited(self._watch), JOIN_S)
+            except Exception as error:  # the Controller starts just now; an update replaces it too
+                logger.debug("the Controller does not answer yet: %s", error)
+                snapshot = None
+            if snapshot is not None and snapshot.started:
+                await self._take(snapshot)
+                return
+            if not relieves:  # the Controller is followed later
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _relieves(self, application: str) -> bool:
+        """Whether a Router of the same application has its ports open."""
         try:
-            snapshot = await asyncio.wait_for(_awaited(self._watch), JOIN_S)
-        except Exception as error:  # a Controller that starts just now is followed later
-            logger.debug("the Controller does not answer yet: %s", error)
-            return
-        if snapshot is not None and snapshot.started:
-            await self._take(snapshot)
+            if not await asyncio.to_thread(applications.running, application, "Router"):
+                return False
+            router = serve.get_deployment_handle("Router", application)
+            serves: bool = await asyncio.wait_for(
+                _awaited(lambda: router.serving.remote()), ANSWER_S
+            )
+        except Exception as error:  # too busy to say so
+            logger.debug("the Router that runs does not answer: %s", error)
+            return True
+        return serves
+
+    async def serving(self) -> bool:
+        """Whether its ports are open; for a Router that begins."""
+        return self._opened
 
     def _watch(self) -> Awaitable[Snapshot | None]:
         watch: Awaitable[Snapshot | None] = self._controller.watch.remote(

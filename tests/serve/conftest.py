@@ -14,7 +14,6 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
-from tests import models
 from tests.serve import repository
 from tests.serve.server import Server, manta_serve, wait_for
 
@@ -138,16 +137,7 @@ def pair(
     """Two Routers and two logical GPUs, in explicit mode, with a log file and more metrics; `nap`
     has two replicas of one instance each, which take 20 ms a batch. Ended by a test."""
     root = tmp_path_factory.mktemp("pair")
-    models.save_eager(repository.NAP, root, "nap")
-    text = repository.config(
-        [repository.tensor("x", "2")],
-        [repository.tensor("y", "2")],
-        engine='backend: "pytorch"\nruntime: "model.py"',
-        max_batch_size=4,
-        more="dynamic_batching { }\ninstance_group [ { kind: KIND_CPU count: 2 } ]\n"
-        + repository.EAGER,
-    )
-    repository.write_config(root, "nap", text)
+    repository.write_nap(root, "nap", "instance_group [ { kind: KIND_CPU count: 2 } ]\n")
     flags = ["--router-replicas=2", "--logical-gpus=true"]
     flags += ["--model-control-mode=explicit", "--load-model=nap", f"--log-file={log_path}"]
     flags.append(f"--trace-config=triton,file={traces / 'pair.json'}")

@@ -26,12 +26,16 @@ import os
 import time
 import torch
 
-GO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "go")
+FOLDER = os.path.dirname(os.path.dirname(__file__))
+GO = os.path.join(FOLDER, "go")
 
 class Slow(torch.nn.Module):
-    """Sleeps as many seconds as its input says; below 0, until its folder has a file `go`."""
+    """Sleeps as many seconds as its input says; below 0, until its folder has a file `go`, and
+    leaves a file that says so."""
 
     def forward(self, seconds):
+        if seconds.min() < 0:
+            open(os.path.join(FOLDER, f"held.{os.getpid()}"), "w").close()
         while seconds.min() < 0 and not os.path.exists(GO):
             time.sleep(0.01)
         time.sleep(max(0.0, float(seconds.max())))
@@ -68,7 +72,8 @@ class Nap(torch.nn.Module):
 def holding(folder: Path) -> Iterator[Callable[[], None]]:
     """Requests below 0 to a slow model are held until this is called, and no longer than this."""
     go = folder / "go"
-    go.unlink(missing_ok=True)
+    for left in (go, *folder.glob("held.*")):
+        left.unlink(missing_ok=True)
     try:
         yield go.touch
     finally:
@@ -108,6 +113,24 @@ MLP = config([tensor("INPUT__0", "8")], [tensor("OUTPUT__0", "4")])
 
 def mlp() -> torch.nn.Module:
     return models.mlp(SIZES)
+
+
+def held(folder: Path) -> set[int]:
+    """Processes that hold a request, or have, since `holding` began."""
+    return {int(path.suffix[1:]) for path in folder.glob("held.*")}
+
+
+def write_nap(root: Path, name: str, more: str = "") -> None:
+    """A model that takes 20 ms to double its input; batches of four."""
+    models.save_eager(NAP, root, name)
+    text = config(
+        [tensor("x", "2")],
+        [tensor("y", "2")],
+        engine='backend: "pytorch"\nruntime: "model.py"',
+        max_batch_size=4,
+        more="dynamic_batching { }\n" + more + EAGER,
+    )
+    write_config(root, name, text)
 
 
 def write_who(root: Path, name: str, more: str) -> None:

@@ -303,3 +303,18 @@ def port_is_free(port: int) -> bool:
             probe.bind(("127.0.0.1", port))
             return True
     return False
+
+
+def kill(*pids: int) -> None:
+    """Returns when they have ended."""
+    victims = [psutil.Process(pid) for pid in pids]
+    for victim in victims:
+        victim.kill()
+    wait_for(lambda: not any(map(runs, victims)), 10, "they have ended")
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,14 +1,18 @@
-"""What happens when something dies, under load, with counts. Each case has its control.
+"""What happens when something dies: the table of docs/operations.md, row by row, under load.
 
-The servers here are their own: a killed Router must not disturb other tests.
+Stock clients ask over HTTP and gRPC before, while and after it dies, and every request is counted:
+what is lost is known by construction, and after the recovery nothing is. The server here is their
+own: a killed Router must not disturb other tests. Two Routers are in `test_paths`, updates and the
+head of a cluster in `test_update`. How long a recovery took is told (`-s`), never judged.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,140 +24,281 @@ import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, statistics
-from tests.serve.server import BIN, ROOT, Server, free_ports, manta_serve, port_is_free, wait_for
+from tests.serve.clients import infer, statistics
+from tests.serve.load import PROTOCOLS, Load, Target, pair_of, running
+from tests.serve.server import (
+    BIN,
+    ROOT,
+    Server,
+    free_ports,
+    kill,
+    manta_serve,
+    port_is_free,
+    runs,
+    wait_for,
+)
 
-HELD = np.full((1, 1), -1.0, np.float32)
+HELD = {"s": np.full((1, 1), -1.0, np.float32)}
+HANGS = {"s": np.full((1, 1), 3600.0, np.float32)}
 SHORT = np.full((1, 1), 0.01, np.float32)
+LIMIT_S = 90.0
+# tritonserver's words.
+EXITING = {
+    "[503] Server exiting",
+    "[StatusCode.UNAVAILABLE] GRPC server is shutting down and has stopped accepting new requests.",
+}
+
+
+def moments(number: int) -> Any:
+    """A few milliseconds, and no two requests' the same."""
+    return np.full((1, 1), 0.004 + number % 1000 * 1e-6, np.float32)
+
+
+# What dies is `slow`, of two replicas that do one request at a time; `nap` is there beside it.
+TARGETS = [Target("slow", "s", "t", moments), Target("nap", "x", "y", pair_of)]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return repository.build(tmp_path_factory.mktemp("own"), None)
+    root = repository.build(tmp_path_factory.mktemp("own"), None)
+    repository.write_nap(root, "nap")
+    return root
 
 
 @pytest.fixture(scope="module")
 def own(root: Path) -> Iterator[Server]:
-    flags = ["--model-control-mode=explicit", "--load-model=slow", "--max-execution-secs=5"]
-    with manta_serve(root, *flags) as server:
+    flags = ["--model-control-mode=explicit", "--load-model=slow", "--load-model=nap"]
+    with manta_serve(root, *flags, "--max-execution-secs=8") as server:
         server.wait_ready()
         yield server
+
+
+@pytest.fixture
+def tell(record_property: Any) -> Callable[..., None]:
+    def told(name: str, load: Load, **more: Any) -> None:
+        facts = {"load": load.codes(), **more}
+        record_property(name, facts)
+        print(f"\n{name}: {facts}\n{load.texts.most_common(5)}")
+
+    return told
 
 
 def sleepers(server: Server) -> list[int]:
     return server.replica_pids("manta.slow.")
 
 
-def whole(server: Server) -> set[int]:
+def whole(server: Server, without: frozenset[int] = frozenset()) -> set[int]:
     """Waits until both replicas of `slow` are loaded and the Controller counts on them."""
 
     def both() -> set[int]:
         found = {r["pid"] for r in server.peek()["replicas"] if ".slow." in r["application"]}
-        return found if len(found) == 2 and found == set(sleepers(server)) else set()
+        there = len(found) == 2 and found == set(sleepers(server)) and not found & without
+        return found if there else set()
 
-    pids: set[int] = wait_for(both, 90, "both replicas of slow are there")
+    pids: set[int] = wait_for(both, LIMIT_S, "both replicas of slow are there")
     return pids
 
 
-def codes(replies: list[Any]) -> dict[str, int]:
-    """How many answers of each kind: `ok`, or the status of the error."""
-    counted: dict[str, int] = {}
-    for reply in replies:
-        name = str(reply.status()) if isinstance(reply, InferenceServerException) else "ok"
-        counted[name] = counted.get(name, 0) + 1
-    return counted
+def strike_while_held(server: Server, load: Load, strike: Callable[[], Any]) -> dict[str, str]:
+    """Both replicas of `slow` run a request, one over each protocol, and those of the load wait
+    behind them; then `strike` is called. What those two came to, when they may end."""
+    folder = server.repository / "slow"
+    with repository.holding(folder) as go:
+        held = {protocol: load.submit(protocol, "slow", HELD) for protocol in PROTOCOLS}
+        wait_for(lambda: len(repository.held(folder)) == 2, 30, "both replicas run a request")
+        strike()
+        go()
+        return {protocol: one.result(60) for protocol, one in held.items()}
 
 
-def under_load(server: Server, waiting: int, strike: Any) -> list[Any]:
-    """Two requests that run, `waiting` short ones behind them; then `strike` is called. What runs
-    comes to its end after it."""
+def since(begun_s: float) -> float:
+    return round(time.monotonic() - begun_s, 1)
 
-    async def run(go: Callable[[], None]) -> list[Any]:
-        async with aio_client(server, "http") as client:
-            calls = [asyncio.create_task(infer_aio(client, "slow", {"s": HELD})) for _ in range(2)]
-            await asyncio.sleep(0.7)  # both run now, one on each replica
-            calls += [
-                asyncio.create_task(infer_aio(client, "slow", {"s": SHORT})) for _ in range(waiting)
-            ]
-            await asyncio.sleep(0.4)
-            strike()
-            await asyncio.sleep(0.4)
-            go()
-            return await asyncio.gather(*calls, return_exceptions=True)
 
-    with repository.holding(server.repository / "slow") as go:
-        return asyncio.run(run(go))
+# --- replicas ------------------------------------------------------------------------------------
 
 
 def test_control_nothing_is_lost_when_nothing_dies(own: Server) -> None:
-    assert codes(under_load(own, 20, lambda: None)) == {"ok": 22}
+    whole(own)
+    with running(own, TARGETS) as load:
+        assert strike_while_held(own, load, lambda: None) == {"http": "ok", "grpc": "ok"}
+        load.wait_ok()
+    assert not load.lost()
 
 
-def test_a_killed_replica_fails_only_what_ran_there(own: Server) -> None:
-    """One of two replicas: one request in flight fails with 503, the rest go to the other one."""
+def test_a_killed_replica_fails_only_what_ran_there(own: Server, tell: Any) -> None:
+    """One of two replicas: the request that it ran fails with 503, the rest go to the other one."""
     victim = min(whole(own))
-    replies = under_load(own, 20, lambda: os.kill(victim, signal.SIGKILL))
-    assert codes(replies) == {"ok": 21, "503": 1}
-    assert victim not in whole(own)  # replaced
+    with running(own, TARGETS) as load:
+        outcomes = strike_while_held(own, load, lambda: kill(victim))
+        begun_s = time.monotonic()
+        whole(own, without=frozenset({victim}))  # replaced
+        tell("replica", load, held=outcomes, replaced_s=since(begun_s))
+        load.wait_ok()
+    assert sorted(outcomes.values()) == ["503", "ok"]
+    assert not load.lost()
 
 
-def test_when_all_replicas_die_what_is_queued_waits_for_the_replacement(own: Server) -> None:
+def test_when_all_replicas_die_what_is_queued_waits_for_the_replacement(
+    own: Server, tell: Any
+) -> None:
     victims = whole(own)
+    with running(own, TARGETS) as load:
+        outcomes = strike_while_held(own, load, lambda: kill(*victims))
+        begun_s = time.monotonic()
+        load.wait_ok()
+        answered_s = since(begun_s)
+        whole(own, without=frozenset(victims))
+        tell("all replicas", load, held=outcomes, answers_s=answered_s, replaced_s=since(begun_s))
+    assert outcomes == {"http": "503", "grpc": "503"}
+    assert not load.lost()
 
-    def strike() -> None:
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
 
-    replies = under_load(own, 20, strike)
-    assert codes(replies) == {"ok": 20, "503": 2}
-
-
-def test_a_hung_instance_is_replaced_and_its_request_answered(own: Server) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_hung_instance_is_replaced_and_its_request_answered(
+    own: Server, tell: Any, protocol: str
+) -> None:
     before = whole(own)
-    client = httpclient.InferenceServerClient(own.http, network_timeout=120)
-    hanging = np.full((1, 1), 3600.0, np.float32)
-    with pytest.raises(InferenceServerException) as caught:
-        infer(client, "slow", {"s": hanging})
-    assert str(caught.value.status()) == "503"
-    assert infer(client, "slow", {"s": SHORT}).as_numpy("t")[0, 0] == SHORT[0, 0] * 2
-    after = whole(own)
+    with running(own, TARGETS) as load:
+        begun_s = time.monotonic()
+        hung = load.submit(protocol, "slow", HANGS).result(LIMIT_S)
+        answered_s = since(begun_s)
+        after = wait_for(lambda: whole(own) - before and whole(own), LIMIT_S, "it is replaced")
+        tell("hang", load, held=hung, answered_s=answered_s, replaced_s=since(begun_s))
+        load.wait_ok()
+    assert hung == "503"
+    assert not load.lost()
     assert len(before & after) == 1  # the other one, which did not hang, was left alone
-    client.close()
 
 
-def test_a_killed_controller_stops_nobody_and_comes_back(own: Server) -> None:
+# --- what is beside the path of requests ---------------------------------------------------------
+
+
+def test_a_killed_controller_stops_nobody_and_comes_back(own: Server, tell: Any) -> None:
     client = httpclient.InferenceServerClient(own.http)
     (controller,) = own.replica_pids("manta:Controller")
     replicas = whole(own)
     before = statistics(client, "slow")
-    replies = under_load(own, 20, lambda: os.kill(controller, signal.SIGKILL))
-    assert codes(replies) == {"ok": 22}
-    wait_for(lambda: own.replica_pids("manta:Controller"), 60, "the Controller is back")
 
     def answers() -> bool:
         try:
             client.get_inference_statistics("slow")
             return bool(client.is_server_ready())
-        except InferenceServerException:
+        except InferenceServerException as error:
+            assert error.status() == "503"
             return False
 
-    wait_for(answers, 60, "the new Controller answers")
+    with running(own, TARGETS) as load:
+        outcomes = strike_while_held(own, load, lambda: kill(controller))
+        begun_s = time.monotonic()
+        wait_for(lambda: own.replica_pids("manta:Controller"), LIMIT_S, "the Controller is back")
+        wait_for(answers, LIMIT_S, "the new Controller answers")
+        tell("Controller", load, held=outcomes, answers_s=since(begun_s))
+        load.wait_ok()
+    assert outcomes == {"http": "ok", "grpc": "ok"}
+    assert not load.lost()
     assert set(sleepers(own)) == replicas  # adopted, not loaded again
-    after = statistics(client, "slow")
-    assert after["success"] - before["success"] == 22  # the new one knows all that was counted
+    # The new one knows all that was counted.
+    good = load.codes(model="slow")["ok"] + 2
+    assert statistics(client, "slow")["success"] - before["success"] == good
     client.close()
 
 
-def test_a_killed_router_leaves_no_port_behind_and_comes_back(own: Server) -> None:
+def test_a_killed_fork_server_stops_nobody_and_the_next_replica_starts(
+    own: Server, tell: Any
+) -> None:
+    victim = min(whole(own))
+    with running(own, TARGETS) as load:
+        kill(*fork_servers(own))
+        load.wait_ok()
+        begun_s = time.monotonic()
+        kill(victim)
+        whole(own, without=frozenset({victim}))
+        tell("fork server", load, replaced_s=since(begun_s))
+        load.wait_ok()
+    assert load.lost() in ({}, {"503": 1})  # what the replica ran, if it ran anything
+    assert not load.lost(model="nap")
+    assert fork_servers(own)  # the replica has started another
+
+
+def fork_servers(server: Server) -> list[int]:
+    found = [p for p in server.descendants() if runs(p)]
+    return [p.pid for p in found if any("deployments.forkserver" in word for word in p.cmdline())]
+
+
+def test_serves_own_controller_is_killed_and_replicas_are_still_replaced(
+    own: Server, tell: Any
+) -> None:
+    victim = min(whole(own))
+    found = [p for p in own.descendants() if runs(p)]
+    (controller,) = [p.pid for p in found if "ray::ServeController" in " ".join(p.cmdline())]
+    with running(own, TARGETS) as load:
+        outcomes = strike_while_held(own, load, lambda: kill(controller))
+        load.wait_ok()
+        assert not load.lost()
+        begun_s = time.monotonic()
+        kill(victim)
+        whole(own, without=frozenset({victim}))
+        tell("Serve's controller", load, held=outcomes, replaced_s=since(begun_s))
+        load.wait_ok()
+    assert outcomes == {"http": "ok", "grpc": "ok"}
+    assert load.lost() in ({}, {"503": 1})  # what the replica ran, if it ran anything
+
+
+# --- the path of requests ------------------------------------------------------------------------
+
+
+def test_a_killed_haproxy_cuts_grpc_alone_and_comes_back(own: Server, tell: Any) -> None:
+    whole(own)
+    (haproxy,) = own.haproxies()
+    with running(own, TARGETS) as load:
+        struck: list[float] = []
+
+        def strike() -> None:
+            struck.append(time.monotonic())
+            kill(haproxy.pid)
+
+        outcomes = strike_while_held(own, load, strike)
+        wait_for(lambda: any(map(runs, own.haproxies())), LIMIT_S, "HAProxy is back")
+        load.wait_back(struck[0])
+        load.wait_ok()
+    tell("HAProxy", load, held=outcomes, recovered_s=load.recovered_s(struck[0]))
+    assert outcomes == {"http": "ok", "grpc": "cut"}
+    assert not load.lost(protocol="http")
+    assert set(load.lost()) <= {"cut"}
+
+
+def test_a_killed_router_leaves_no_port_behind_and_comes_back(own: Server, tell: Any) -> None:
+    """The only one: what it had in work is cut, then nobody can connect until there is a new one;
+    none is answered wrongly, and models stay."""
     (router,) = own.replica_pids("manta:Router")
     replicas = whole(own)
-    os.kill(router, signal.SIGKILL)
-    wait_for(lambda: own.replica_pids("manta:Router") not in ([], [router]), 60, "a new Router")
-    wait_for(own.ready, 60, "the server is ready again")
-    client = httpclient.InferenceServerClient(own.http)
-    assert infer(client, "slow", {"s": SHORT}).as_numpy("t")[0, 0] == SHORT[0, 0] * 2
+    with running(own, TARGETS) as load:
+        struck: list[float] = []
+
+        def strike() -> None:
+            struck.append(time.monotonic())
+            kill(router)
+
+        outcomes = strike_while_held(own, load, strike)
+        wait_for(lambda: own.replica_pids("manta:Router") not in ([], [router]), 60, "a new Router")
+        wait_for(own.ready, LIMIT_S, "the server is ready again")
+        load.wait_back(struck[0])
+        load.wait_ok()
+    in_work = load.in_work(struck[0])
+    tell(
+        "Router",
+        load,
+        held=outcomes,
+        in_work=in_work,
+        recovered_s=load.recovered_s(struck[0]),
+    )
+    assert outcomes == {"http": "cut", "grpc": "cut"}
+    # HAProxy outlives its Router by a moment, in which it answers for it.
+    assert set(load.lost(protocol="http")) <= {"cut"}
+    assert set(load.lost(protocol="grpc")) <= {"cut", "503"}
+    assert sum(in_work.values()) <= load.loops
     assert set(sleepers(own)) == replicas
-    client.close()
 
 
 def test_a_restarted_controller_loads_what_has_changed_and_loses_nothing(
@@ -175,17 +320,34 @@ def test_a_restarted_controller_loads_what_has_changed_and_loses_nothing(
         source.write_text(old.replace("seconds * 2", "seconds * 3"))
         os.kill(controller, signal.SIGKILL)
         wait_for(lambda: factor() == 3, 120, "the new file serves")
+        source.write_text(old)
+        client.load_model("slow")
     finally:
         source.write_text(old)
     client.close()
 
 
-def test_sigterm_answers_every_accepted_request(own: Server) -> None:
+def test_sigterm_answers_every_accepted_request(own: Server, tell: Any) -> None:
+    """What it had in work when the signal came is answered. Who asks after that is told so, or
+    cannot connect."""
     family = own.descendants()
     whole(own)
-    replies = under_load(own, 20, lambda: own.send(signal.SIGTERM))
-    assert codes(replies) == {"ok": 22}
-    assert own.process.wait(90) == 0
+    struck: list[float] = []
+
+    def strike() -> None:
+        struck.append(time.monotonic())
+        own.send(signal.SIGTERM)
+        time.sleep(1.0)  # it leaves its ports while both are held, and answers them all the same
+
+    with running(own, TARGETS) as load:
+        outcomes = strike_while_held(own, load, strike)
+        assert own.process.wait(LIMIT_S) == 0
+    in_work = load.in_work(struck[0])
+    tell("SIGTERM", load, held=outcomes, in_work=in_work, ended_s=since(struck[0]))
+    assert outcomes == {"http": "ok", "grpc": "ok"}
+    assert set(in_work) == {"ok"}
+    refused = {text for outcome, text in load.texts if outcome == "503"}
+    assert set(load.lost()) <= {"503", "cut"} and refused <= EXITING, load.texts
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive
     for port in (own.http_port, own.grpc_port, own.metrics_port):
@@ -193,8 +355,6 @@ def test_sigterm_answers_every_accepted_request(own: Server) -> None:
 
 
 def test_a_second_server_on_a_busy_port_fails_at_once_naming_it(root: Path) -> None:
-    import socket
-
     busy, other, third = free_ports(3)
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", busy))

@@ -21,7 +21,8 @@ import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests.serve.clients import aio_client, infer_aio, statistics
-from tests.serve.server import Server, port_is_free, wait_for
+from tests.serve.load import Target, pair_of, running
+from tests.serve.server import Server, kill, port_is_free, wait_for
 
 _PIDFD_GETFD = 438  # its number is the same on every architecture
 
@@ -146,11 +147,19 @@ def test_a_killed_router_takes_its_haproxy_along_and_the_other_goes_on(pair: Ser
     before = [process.pid for process in pair.haproxies()]
     own = [p.pid for p in pair.haproxies() if p.ppid() == victim]
     assert len(before) == 2 and len(own) == 1
-    os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(own[0]), 10, "its HAProxy is gone")
-    wait_for(lambda: len(pair.haproxies()) == 2, 60, "the new Router has one of its own")
-    assert set(load(pair, "grpc", 60)) == {"ok"}
-    assert set(load(pair, "http", 60)) == {"ok"}
+    with running(pair, [Target("nap", "x", "y", pair_of)], clients=6) as going:
+        struck_s = time.monotonic()
+        kill(victim)
+        wait_for(lambda: not psutil.pid_exists(own[0]), 10, "its HAProxy is gone")
+        gone_s = time.monotonic()
+        going.wait_back(struck_s)
+        print(f"\none of two Routers: {going.codes()}, {going.recovered_s(struck_s)}")
+        wait_for(lambda: len(pair.haproxies()) == 2, 60, "the new Router has one of its own")
+        print(f"replaced after {time.monotonic() - struck_s:.1f} s")
+        going.wait_ok()
+    assert set(going.lost()) <= {"cut"}
+    # What it had in work; whoever asks after that is answered by the other one.
+    assert all(one.begun_s < gone_s for one in going.sent if one.outcome == "cut")
 
 
 def test_statistics_of_two_routers_are_exact(pair: Server) -> None:

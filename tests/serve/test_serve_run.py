@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,11 @@ import tritonclient.http as httpclient
 import yaml
 from tritonclient.utils import InferenceServerException
 
-from cluster.cli import SERVE_ENV, load_environment
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, rows
-from tests.serve.server import BIN, ROOT, Server, free_ports
+from tests.serve.cluster import profile, shipped
+from tests.serve.server import BIN, Server, free_ports
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +33,13 @@ def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_file(folder: Path, ports: list[int], listener: str) -> Path:
     """The shipped file; only ports, and for `serve` the two settings that the README names."""
-    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config = shipped(ports)
     args = config["applications"][0]["args"]
-    args |= {"http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2]}
-    config["http_options"]["port"], config["grpc_options"]["port"] = ports[:2]
     if listener == "serve":
         args["listener"], config["proxy_location"] = "serve", "EveryNode"
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def profile() -> dict[str, str]:
-    before = dict(os.environ)
-    try:
-        return dict(load_environment(SERVE_ENV))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 # `manta serve`, which most tests here drive, is the Router's listener with the profile.

@@ -44,3 +44,37 @@ def test_every_proof_is_a_test_that_exists() -> None:
         assert proofs and len(proofs) == row[3].count("::"), row
         for module, name in proofs:
             assert name in functions(TESTS / module), f"{row[0]}: {module}::{name}"
+
+
+# --- docs/operations.md --------------------------------------------------------------------------
+
+OPERATIONS = TESTS.parent / "docs" / "operations.md"
+DIES = """a replica, of several; all replicas of a model; a replica hangs; Manta's Controller;
+the fork server of a node; Serve's controller; Serve's proxy; the HAProxy of a Router;
+the only Router; a Router, of two; a worker node; the head node (GCS), without Redis;
+SIGTERM to `manta serve`"""
+NAMED = r"`tests/([\w/]+\.py)::(test_\w+)`"
+
+
+def failures() -> dict[str, list[str]]:
+    """The other cells of each row, by what dies."""
+    _, _, part = OPERATIONS.read_text().partition("| what dies |")
+    lines = [line for line in part.splitlines()[2:] if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_every_failure_has_its_row_and_every_row_a_test() -> None:
+    rows = failures()
+    assert list(rows) == [" ".join(name.split()) for name in DIES.split(";")]
+    for name, cells in rows.items():
+        sees, lost, _, test = cells
+        if name != "Serve's proxy":  # there is none
+            assert sees and lost and "tests/serve/test_" in test, name
+
+
+def test_every_test_that_operations_names_exists() -> None:
+    named = re.findall(NAMED, OPERATIONS.read_text())
+    assert len(named) > len(failures()) - 2
+    for module, name in named:
+        assert name in functions(TESTS / module), f"{module}::{name}"

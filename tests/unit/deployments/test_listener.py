@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import logging.handlers
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+import uvicorn
 
 from configs.server import ServerSettings
 from deployments.listener import HttpListener
@@ -93,3 +98,36 @@ def test_a_drained_listener_is_gone() -> None:
         raise AssertionError("the port still accepts connections")
 
     drive(use)
+
+
+def test_what_waits_to_be_accepted_when_it_leaves_is_answered() -> None:
+    """Closing the socket would reset it, though another Router has the same port."""
+
+    async def use(listener: HttpListener, port: int) -> None:
+        waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for one in waiting:
+            one.sendall(REQUEST)
+        await asyncio.wait_for(listener.drain(), 10)
+        for one in waiting:
+            with one:
+                one.settimeout(10)
+                assert one.recv(4096).startswith(b"HTTP/1.1 200")
+
+    drive(use)
+
+
+def test_the_logs_of_others_stay_as_they_are() -> None:
+    """Serve's controller, when it comes back, asks a Router where its handler writes, and stops one
+    that cannot say."""
+    handler = logging.handlers.MemoryHandler(1, target=logging.NullHandler())
+
+    async def use(listener: HttpListener, port: int) -> None:
+        assert handler.target is not None
+
+    drive(use)
+
+
+def test_control_uvicorns_own_configuration_closes_them() -> None:
+    handler = logging.handlers.MemoryHandler(1, target=logging.NullHandler())
+    uvicorn.Config(app)
+    assert handler.target is None

@@ -1,0 +1,184 @@
+"""Updates of a running application through `serve deploy`, under load, with counts; its control.
+
+One cluster, as an operator has it, for all of them; the last test ends it by its head's death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import tritonclient.http as httpclient
+
+from tests.serve import repository
+from tests.serve.clients import statistics
+from tests.serve.cluster import Cluster, ray_cluster
+from tests.serve.load import Load, Target, pair_of, running
+from tests.serve.server import port_is_free, runs, wait_for
+
+# The one is loaded at start, the other by a client.
+TARGETS = [Target(name, "x", "y", pair_of) for name in ("given", "asked")]
+ARGS: dict[str, Any] = {"model_control_mode": "explicit", "load_model": ["given"]}
+LIMIT_S = 120.0
+RAYS_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    root = tmp_path_factory.mktemp("updated")
+    for target in TARGETS:
+        repository.write_nap(root, target.model)
+    with ray_cluster(root, tmp_path_factory.mktemp("config")) as one:
+        one.deploy(**ARGS)
+        one.wait_ready()
+        client(one).load_model("asked")
+        yield one
+
+
+def client(cluster: Cluster) -> Any:
+    return httpclient.InferenceServerClient(cluster.http, network_timeout=LIMIT_S)
+
+
+def replicas(cluster: Cluster) -> set[int]:
+    return {replica["pid"] for replica in cluster.peek()["replicas"]}
+
+
+def routers(cluster: Cluster, count: int, besides: set[int] | None = None) -> set[int]:
+    """Waits until there are so many, none of them one of those before, and Serve has settled."""
+
+    def there() -> set[int]:
+        found = set(cluster.replica_pids("manta:Router"))
+        return found if len(found) == count and not found & (besides or set()) else set()
+
+    found: set[int] = wait_for(there, LIMIT_S, f"{count} Routers")
+    cluster.wait_status("RUNNING")
+    return found
+
+
+def routers_that_run(cluster: Cluster) -> set[int]:
+    return set(cluster.replica_pids("manta:Router"))
+
+
+def counted(cluster: Cluster) -> dict[str, int]:
+    with_all = client(cluster)
+    return {t.model: statistics(with_all, t.model)["success"] for t in TARGETS}
+
+
+def show(record: Any, name: str, load: Load, strike_s: float) -> None:
+    record(name, {"codes": load.codes(), "recovered_s": load.recovered_s(strike_s)})
+    print(f"{name}: {load.codes()}, recovered after {load.recovered_s(strike_s)}")
+
+
+def test_a_changed_configuration_loses_nothing_and_keeps_the_models(
+    cluster: Cluster, record_property: Any
+) -> None:
+    """Router and Controller are replaced, with one Router too; models, and what was loaded by a
+    client, stay; every answer is counted, once."""
+    old, kept, before = routers(cluster, 1), replicas(cluster), counted(cluster)
+    assert len(kept) == 2
+    with running(cluster, TARGETS, clients=2, passing=2) as load:
+        begun_s = time.monotonic()
+        cluster.deploy(**ARGS, max_queue_s=61)
+        routers(cluster, 1, besides=old)
+        print(f"update: replaced after {time.monotonic() - begun_s:.1f} s")
+        load.wait_ok()
+    show(record_property, "update", load, begun_s)
+    assert not load.lost()
+    assert replicas(cluster) == kept
+    after = counted(cluster)
+    for model, count in before.items():
+        assert after[model] - count == load.codes(model=model)["ok"]
+
+
+def test_a_configuration_that_is_refused_changes_nothing(cluster: Cluster) -> None:
+    old = routers(cluster, 1)
+    with running(cluster, TARGETS) as load:
+        cluster.deploy(**ARGS, max_queue_s=-1)
+        status = cluster.wait_status("DEPLOY_FAILED")
+        load.wait_ok()
+    assert "max_queue_s" in status["message"]
+    assert not load.lost()
+    assert set(cluster.replica_pids("manta:Router")) == old
+
+
+def test_a_configuration_that_cannot_be_served_leaves_the_old_router_serving(
+    cluster: Cluster, record_property: Any
+) -> None:
+    """Its Controller does not start, so the new Router never counts as running; and the next
+    configuration puts that right."""
+    old, kept = routers_that_run(cluster), replicas(cluster)
+    with running(cluster, TARGETS) as load:
+        begun_s = time.monotonic()
+        cluster.deploy(**ARGS, model_repository=["/nowhere"])
+        cluster.wait_status("DEPLOY_FAILED")
+        load.wait_ok()
+        assert old <= routers_that_run(cluster)
+        cluster.deploy(**ARGS, max_queue_s=62)
+        routers(cluster, 1, besides=old)
+        load.wait_ok()
+    show(record_property, "not served", load, begun_s)
+    assert not load.lost()
+    assert replicas(cluster) == kept
+
+
+def test_a_router_more_and_a_router_less_lose_nothing(
+    cluster: Cluster, record_property: Any
+) -> None:
+    """A changed number of replicas replaces none."""
+    args = {**ARGS, "max_queue_s": 62}
+    (old,) = routers_that_run(cluster)
+    with running(cluster, TARGETS, clients=2, passing=2) as load:
+        begun_s = time.monotonic()
+        cluster.deploy([{"name": "Router", "num_replicas": 2}], **args)
+        assert old in routers(cluster, 2)
+        load.wait_ok()
+        cluster.deploy([{"name": "Router", "num_replicas": 1}], **args)
+        routers(cluster, 1)
+        load.wait_ok()
+    show(record_property, "Routers", load, begun_s)
+    assert not load.lost()
+
+
+def test_control_a_router_that_is_killed_instead_does_lose_requests(
+    cluster: Cluster, record_property: Any
+) -> None:
+    old, kept = routers_that_run(cluster), replicas(cluster)
+    with running(cluster, TARGETS, clients=2, passing=2) as load:
+        struck_s = time.monotonic()
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        routers(cluster, 1, besides=old)
+        wait_for(cluster.ready, LIMIT_S, "it is ready again")
+        load.wait_back(struck_s)
+        load.wait_ok()
+    show(record_property, "the only Router", load, struck_s)
+    assert set(load.lost()) == {"cut"}
+    assert replicas(cluster) == kept
+
+
+def test_when_the_head_dies_the_node_ends_and_leaves_its_ports(
+    cluster: Cluster, record_property: Any
+) -> None:
+    """Without Redis nothing outlives the head: `ray start --block` says so by its exit code."""
+    cluster.stop_peeking()
+    family = cluster.descendants()
+    (head,) = [p for p in family if p.name() == "gcs_server"]
+    begun_s = time.monotonic()
+    head.kill()
+    assert cluster.process.wait(LIMIT_S) == 1
+    print(f"head: the node ended after {time.monotonic() - begun_s:.1f} s")
+    _, alive = psutil.wait_procs(family, timeout=15)
+    left = {process.name() for process in alive if runs(process)}
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert left <= RAYS_AGENTS  # which end by themselves within a minute
+    assert "gcs_server" in cluster.output()
+    for port in (cluster.http_port, cluster.grpc_port, cluster.metrics_port):
+        assert port_is_free(port)
