@@ -1,7 +1,7 @@
 """Router: the ingress. Wires the edges to `inference`, and follows the Controller.
 
-Owns one gate per running application, this Router's counters, and its listener. Decides nothing
-about requests; never imports torch.
+Owns its lines to what runs, this Router's counters, and its listener. Decides nothing about
+requests; never imports torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,32 +19,27 @@ from ray import get_runtime_context, serve
 from ray.exceptions import RayTaskError
 
 from configs import metrics, tracing
-from configs.model import ModelConfig
 from configs.server import ServerSettings
 
 from . import applications
-from .batcher import Batcher, Collect, serve_collect
 from .census import Census, census
-from .client import Origin, Reach
+from .client import Origin
 from .directory import Directory
-from .errors import Internal, MantaError, NoActiveInstance, NoReplica, Unavailable
-from .gate import Gate
+from .errors import Internal, MantaError, Unavailable
 from .gauges import Gauges, sources
 from .grpc_services import PROXY_METHODS, GrpcServicer, add_services
 from .http import HttpApp
 from .http_metrics import MetricsApp
 from .inference import Inference
 from .ledger import Ledger
+from .lines import Lines
 from .listener import Listener
 from .log_settings import initial
 from .logs import Tap
 from .overrides import size_bytes
-from .places import Places
-from .scatter import Scatter
-from .scheduler import policy
-from .statistics import Recorder, VersionKey
+from .statistics import Recorder
 from .tracers import Tracers
-from .types import InferRequest, InferResponse, ModelState, Snapshot, VersionSnapshot
+from .types import InferRequest, InferResponse, Snapshot
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,28 +49,6 @@ JOIN_S = 5.0
 # Questions to the Controller that it answers at once, unless it is being replaced. Its node may be
 # lost without a word: then no connection ever breaks, and what is asked of it is never answered.
 ANSWER_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """The way to one running application: its queue, and the places where its batches run."""
-
-    key: VersionKey
-    config: ModelConfig
-    gate: Gate
-    places: Places
-
-    def takes_over_from(self, other: _Line) -> bool:
-        """The same version loaded anew, for the very same requests."""
-        mine, theirs = self.config, other.config
-        return (
-            not mine.passive
-            and self.key[:2] == other.key[:2]
-            and (
-                (mine.input, mine.output, mine.max_batch_size)
-                == (theirs.input, theirs.output, theirs.max_batch_size)
-            )
-        )
 
 
 class Router:
@@ -90,31 +62,31 @@ class Router:
         self._log = Tap(initial(settings))
         self._log.attach()
         self._directory = Directory()
-        summaries = metrics.parse(settings.metrics_config).summary_latencies
-        self._ledger = Ledger(
-            self._router_id,
-            controller,
-            self._log,
-            self._pending,
-            Recorder(summaries=summaries),
-            self._running,
-        )
         self._starved = asyncio.Event()
         self._tracers = Tracers(tracing.parse(settings.trace_config))
-        visible = os.environ.get("MANTA_VISIBLE_DEVICES", "")
-        self._gauges = Gauges(sources(settings, visible), settings.metrics_interval_ms / 1000)
-        self._lines: dict[str, _Line] = {}
-        self._draining: dict[str, asyncio.Task[None]] = {}
-        self._epoch, self._sequence = 0, -1
-        self._past_epochs: set[int] = set()
-        self._origin = Origin(
+        recorder = Recorder(summaries=metrics.parse(settings.metrics_config).summary_latencies)
+        origin = Origin(
             node_id=get_runtime_context().get_node_id(),
             router_id=self._router_id,
             use_channels=settings.local_channel,
             by_reference_bytes=settings.by_reference_min_bytes,
             limit_s=settings.max_queue_s + settings.max_execution_s,
         )
-        self._collect: Collect | None = serve_collect() if settings.batching == "serve" else None
+        self._lines = Lines(
+            settings, origin, recorder, self._tracers, self._lost, self._starved.set
+        )
+        self._ledger = Ledger(
+            self._router_id,
+            controller,
+            self._log,
+            self._lines.pending,
+            recorder,
+            self._lines.running,
+        )
+        visible = os.environ.get("MANTA_VISIBLE_DEVICES", "")
+        self._gauges = Gauges(sources(settings, visible), settings.metrics_interval_ms / 1000)
+        self._epoch, self._sequence = 0, -1
+        self._past_epochs: set[int] = set()
         self._inference = Inference(self._directory, self, settings)
         self._http = HttpApp(self._inference, settings)
         self.grpc_verbs = GrpcServicer(self._inference)
@@ -178,7 +150,7 @@ class Router:
 
     def _watch(self) -> Awaitable[Snapshot | None]:
         watch: Awaitable[Snapshot | None] = self._controller.watch.remote(
-            self._router_id, self._epoch, self._sequence, self._in_use()
+            self._router_id, self._epoch, self._sequence, self._lines.in_use()
         )
         return watch
 
@@ -219,9 +191,6 @@ class Router:
             gc.collect()
             gc.freeze()
 
-    def _in_use(self) -> tuple[str, ...]:
-        return (*self._lines, *self._draining)
-
     def _apply(self, snapshot: Snapshot) -> None:
         if snapshot.epoch != self._epoch:
             self._past_epochs.add(self._epoch)
@@ -229,74 +198,13 @@ class Router:
         self._log.follow(snapshot.log)
         self._tracers.follow(snapshot.trace)
         self._ledger.trace = self._tracers.changes
-        wanted = {v.application: v for v in snapshot.versions if v.application and v.config}
-        for application, version in wanted.items():
-            try:
-                line = self._lines.get(application) or self._line(version)
-            except Exception:  # one model's trouble is not the others'
-                logger.exception("application %s cannot be reached", application)
-                continue
-            self._lines[application] = line
-            line.places.follow(version.targets)
-            if version.state is ModelState.UNAVAILABLE:  # nobody comes to answer what waits
-                line.gate.refuse(NoReplica(version.model_name, version.version, version.reason))
-            self._trace(line)
-            line.gate.pump()
-        self._directory.update(snapshot, {name: line.gate for name, line in self._lines.items()})
-        for application in [name for name in self._lines if name not in wanted]:
-            self._let_go(application)
+        gone = self._lines.follow(snapshot.versions)
+        self._directory.update(snapshot, self._lines.gates())
+        for application in gone:
+            self._lines.let_go(application)
 
-    def _line(self, version: VersionSnapshot) -> _Line:
-        config, application = version.config, version.application
-        assert config is not None  # _apply takes only versions that have one
-        reach = Reach(
-            self._origin, version.model_name, application, partial(self._ledger.lost, application)
-        )
-        # Called from a later tick at the earliest, when there is a gate.
-        places = Places(reach, lambda: gate.pump(), self._starved.set)
-        batcher = Batcher(
-            version.model_name, config.max_batch_size > 0, self._collect, Scatter(config)
-        )
-        key = VersionKey(version.model_name, str(version.version), application)
-        gate = Gate(
-            version.model_name,
-            policy(config, self._settings),
-            batcher.run,
-            places,
-            counters=self._ledger.recorder.counters(key),
-        )
-        if config.passive:
-            gate.close(NoActiveInstance(version.model_name))
-        return _Line(key, config, gate, places)
-
-    def _trace(self, line: _Line) -> None:
-        key, gate = line.key, line.gate
-        gate.trace(self._tracers.tracer(key.model, key.version, line.config, gate.tracer))
-
-    def _let_go(self, application: str) -> None:
-        """No new requests reach it; what it has is answered, then the Controller may delete it.
-
-        What still waits goes to the line that takes over: the old replicas may be gone already.
-        """
-        line = self._lines.pop(application)
-        for successor in self._lines.values():
-            if successor.takes_over_from(line):
-                line.gate.hand_over(successor.gate)
-        task = asyncio.get_running_loop().create_task(self._drain_line(application, line))
-        self._draining[application] = task
-
-    async def _drain_line(self, application: str, line: _Line) -> None:
-        settings = self._settings
-        try:
-            await asyncio.wait_for(
-                line.gate.drain(), settings.max_queue_s + settings.max_execution_s
-            )
-        except asyncio.TimeoutError:
-            line.gate.close(Unavailable(f"model '{line.key.model}' was unloaded"))
-        finally:
-            await line.places.aclose()
-            self._ledger.recorder.discard(line.key)
-            self._draining.pop(application, None)
+    def _lost(self, application: str) -> None:
+        self._ledger.lost(application)
 
     # --- counters --------------------------------------------------------------------------------
 
@@ -308,12 +216,6 @@ class Router:
             self._starved.clear()
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._ledger.flush(), ANSWER_S)
-
-    def _pending(self) -> dict[VersionKey, int]:
-        return {line.key: line.gate.pending for line in self._lines.values()}
-
-    def _running(self) -> dict[VersionKey, int]:
-        return {line.key: line.gate.in_flight for line in self._lines.values()}
 
     async def _metrics(self) -> str:
         await self._ask(self._ledger.flush, ANSWER_S)
@@ -395,8 +297,7 @@ class Router:
         self._inference.leave()
         self.grpc_verbs.leave()
         await self._listener.drain()
-        for line in self._lines.values():
-            await line.gate.drain()
+        await self._lines.drain()
 
     async def __del__(self) -> None:
         tasks = getattr(self, "_tasks", None)
