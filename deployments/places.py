@@ -214,7 +214,12 @@ class Places:
         return next((place for place in self._places if place.idle), None)
 
     def ahead(self) -> Place | None:
-        """A place that takes one more beside the one that runs."""
+        """A place that takes one more beside the one that runs. On another node, not while one here
+        has none: it may be free, and only has to be asked, where Routers share it."""
+        here = [place for place in self._places if isinstance(place, LocalPlace)]
+        ahead = next((place for place in here if place.ahead), None)
+        if ahead is not None or not all(place.running for place in here):
+            return ahead
         return next((place for place in self._places if place.ahead), None)
 
     def want(self) -> None:
