@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,10 @@ import tritonclient.http as httpclient
 import yaml
 from tritonclient.utils import InferenceServerException
 
-from cluster.cli import SERVE_ENV, load_environment
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, rows
-from tests.serve.server import BIN, ROOT, Server, free_ports
+from tests.serve.server import BIN, ROOT, Server, free_ports, profile
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +41,6 @@ def config_file(folder: Path, ports: list[int], listener: str) -> Path:
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def profile() -> dict[str, str]:
-    before = dict(os.environ)
-    try:
-        return dict(load_environment(SERVE_ENV))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 # `manta serve`, which most tests here drive, is the Router's listener with the profile.
