@@ -25,9 +25,11 @@ from .types import ModelState, Override, ReplicaReport
 logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
-# Longer than a replica waits for an answer of the Controller before (`replica.HEARTBEAT_S` * 10): a
-# node that is lost without a word leaves calls to it open.
-ADOPTION_S = 12.0
+# Routers serve on meanwhile, and what waits for a model without replicas goes on waiting, which it
+# would not if the model were loaded anew. Where a node took the Controller and all replicas of a
+# model, new ones are loading now; and where it was lost without a word, replicas wait for an answer
+# of the Controller before for a while (`replica.HEARTBEAT_S` * 10).
+ADOPTION_S = 45.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Adoption:
         return list(running), left_over
 
     async def _await_strays(self, running: Mapping[str, Mapping[str, int]]) -> None:
-        """Replicas report every second; give those of running applications time to be heard."""
+        """Replicas report every second; give those of running applications time to be heard of."""
         deadline_s = time.monotonic() + ADOPTION_S
         awaited = [name for name, replicas in running.items() if any(replicas.values())]
         while time.monotonic() < deadline_s and not all(self._strays[name] for name in awaited):

@@ -40,13 +40,8 @@ _REMEMBERED = 256
 _ENVELOPE_BYTES = 4096
 
 
-class _Ended(Exception):
-    """The replica that a batch was sent to has ended, or cannot be reached."""
-
-
 # How it shows that whoever ran a batch is gone, or the node with an answer that was on its way.
 ENDINGS: tuple[type[Exception], ...] = (
-    _Ended,
     RayActorError,
     NodeDiedError,
     ObjectLostError,
@@ -96,7 +91,8 @@ class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
         nobody knows whether it had begun."""
         named = pending_request.args[1:2]
         if is_retry and named and named[0] in self._unreachable:
-            raise _Ended
+            # Serve's own: Serve copies this class, and an error of ours might be a copy, too.
+            raise DeploymentUnavailableError(self._deployment_id)
         chosen: RunningReplica = await super()._choose_replica_for_request(
             pending_request, is_retry=is_retry
         )

@@ -22,9 +22,11 @@ logger = logging.getLogger("manta.places")
 # How long a place rests that refused a batch: it was promised to another Router.
 BACKOFF_S = 0.005
 BACKOFF_MAX_S = 0.080
-# How long one rests under which a call through Serve was lost. By then the Controller has asked
-# after its replica, and has told that it is gone (`catalogue.SUSPECT_S`) unless it is not.
+# Where a call through Serve was lost, the replica is asked after this long whether it is there, and
+# again each time. By then the Controller has told that it is gone (`catalogue.SUSPECT_S`), unless
+# it is not, or the Controller is gone as well.
 LOST_S = 5.0
+_NOTHING = Batch(rows=(), inputs=(), outputs=())
 # A channel that broke is tried again this often; an instance that is still reported after the first
 # few failures is then reached through Serve.
 RECONNECT_S = 0.5
@@ -105,14 +107,10 @@ class Place:
 
     def refused(self) -> None:
         """Nothing comes here for a while, for longer each time in a row."""
-        self.rest(self._backoff_s)
-        self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
-
-    def rest(self, for_s: float) -> None:
-        """Nothing comes here for so long."""
         self._rests += 1
         loop = asyncio.get_running_loop()
-        loop.call_later(for_s, self._thaw, context=contextvars.Context())
+        loop.call_later(self._backoff_s, self._thaw, context=contextvars.Context())
+        self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
 
     def _thaw(self) -> None:
         self._rests -= 1
@@ -120,13 +118,15 @@ class Place:
 
 
 class ServePlace(Place):
-    """One instance that is reached through Serve. `lost` is called when its replica has ended."""
+    """One instance that is reached through Serve. `lost` is called when its replica seems to have
+    ended."""
 
     def __init__(
         self, client: ModelClient, changed: Callable[[], None], lost: Callable[[], None]
     ) -> None:
         super().__init__(client, changed)
         self._lost = lost
+        self._asking: asyncio.Task[None] | None = None
 
     async def execute(self, batch: Batch) -> BatchReply:
         try:
@@ -135,6 +135,29 @@ class ServePlace(Place):
             # Before the next batch is sent: it would be lost at once, and so would all that wait.
             self._lost()
             raise
+
+    def doubt(self) -> None:
+        """Nothing comes here until the replica says that it lives."""
+        if self._asking is None:
+            self._rests += 1
+            loop = asyncio.get_running_loop()
+            self._asking = contextvars.Context().run(loop.create_task, self._until_it_answers())
+
+    async def _until_it_answers(self) -> None:
+        while True:
+            await asyncio.sleep(LOST_S)
+            try:
+                if not (await self._client.execute(_NOTHING)).refused:
+                    break
+            except Exception as error:
+                logger.debug("a replica does not answer: %s", error)
+        self._asking = None
+        self._thaw()
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        if self._asking is not None:
+            self._asking.cancel()
 
 
 class LocalPlace(Place):
@@ -199,7 +222,12 @@ class Places:
         return next((place for place in self._places if place.idle), None)
 
     def ahead(self) -> Place | None:
-        """A place that takes one more beside the one that runs."""
+        """A place that takes one more beside the one that runs. On another node, not while one here
+        has none: it may be free, and only has to be asked, where Routers share it."""
+        here = [place for place in self._places if isinstance(place, LocalPlace)]
+        ahead = next((place for place in here if place.ahead), None)
+        if ahead is not None or not all(place.running for place in here):
+            return ahead
         return next((place for place in self._places if place.ahead), None)
 
     def want(self) -> None:
@@ -287,10 +315,10 @@ class Places:
         seat.place = ServePlace(client, self._changed, lambda: self._lost(seat.endpoint.replica_id))
 
     def _lost(self, replica_id: str) -> None:
-        """Whoever runs there has gone with it: none of its instances is sent anything for now."""
+        """All its instances have gone with it, if it has."""
         for seat in self._seats.values():
             if seat.endpoint.replica_id == replica_id and isinstance(seat.place, ServePlace):
-                seat.place.rest(LOST_S)
+                seat.place.doubt()
 
     def _heard(self, seat: _Seat) -> None:
         """Its channel has news: a grant, another limit, or its end."""
@@ -310,6 +338,8 @@ class Places:
     def _close(self, seat: _Seat) -> None:
         """What it has is still answered, unless the channel is lost."""
         channel, place, seat.channel, seat.place = seat.channel, seat.place, None, None
+        if isinstance(place, ServePlace):
+            place.leave()
         if channel is not None and place is not None:
             task = asyncio.get_running_loop().create_task(self._close_when_done(channel, place))
             self._leaving.add(task)

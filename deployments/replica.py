@@ -185,10 +185,12 @@ class ModelReplica:
     # --- data path -------------------------------------------------------------------------------
 
     async def execute(self, batch: Batch, replica_id: str = "") -> BatchReply:
-        """Run one batch that comes through Serve. `replica_id` is Serve's to read."""
-        del replica_id
+        """Run one batch that comes through Serve, which reads `replica_id`. One of no members asks
+        whether that replica is there."""
         if self._draining or self._error or not self._instances:
             return BatchReply(parts=(), refused=True)
+        if not batch.rows:
+            return BatchReply(parts=(), refused=replica_id != self._replica_id)
         return await _run_on(self._instances, batch)
 
     def _admit(self, instance: int, sock: socket.socket, router_id: str) -> None:

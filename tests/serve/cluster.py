@@ -6,7 +6,6 @@ One node, its dashboard on loopback, the throughput profile, Ray's token authent
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import subprocess
 from collections.abc import Iterator
@@ -16,20 +15,9 @@ from typing import Any
 import httpx
 import yaml
 
-from cluster.cli import SERVE_ENV, load_environment
-from tests.serve.server import BIN, ROOT, START_S, Server, free_ports, wait_for
+from tests.serve.server import BIN, ROOT, START_S, Server, free_ports, profile, wait_for
 
 DEPLOY_S = 90.0
-
-
-def profile() -> dict[str, str]:
-    """What cluster/serve.env sets."""
-    before = dict(os.environ)
-    try:
-        return dict(load_environment(SERVE_ENV))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def shipped(ports: list[int], **args: Any) -> dict[str, Any]:

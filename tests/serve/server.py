@@ -23,6 +23,8 @@ from typing import Any
 import httpx
 import psutil
 
+from cluster.cli import SERVE_ENV, load_environment
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 150.0
@@ -47,8 +49,8 @@ async def main():
                 await asyncio.sleep(0.5)
 async def look(handle):
     reports = await handle.replicas.remote()
-    keys = ("application deployment replica_id pid instances device weight_pointers details"
-            " loaded error").split()
+    keys = ("application deployment replica_id pid node_id instances device weight_pointers"
+            " details loaded error").split()
     status = serve.status().applications
     return {
         "replicas": [{k: getattr(r, k) for k in keys} for r in reports],
@@ -89,6 +91,16 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def profile() -> dict[str, str]:
+    """cluster/serve.env."""
+    before = dict(os.environ)
+    try:
+        return dict(load_environment(SERVE_ENV))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def wait_for(what: Callable[[], Any], limit_s: float, describe: str) -> Any:
     """Polls until `what` is true; a timeout says what was waited for."""
     end_s = time.monotonic() + limit_s
@@ -109,7 +121,9 @@ class Server:
         ports: Sequence[int],
         environment: Mapping[str, str],
         repository: Path,
+        talks: bool = False,
     ) -> None:
+        """One that `talks` takes commands on its standard input, and answers on its output."""
         self.repository = repository
         self.http_port, self.grpc_port, self.metrics_port = ports
         self.folder = Path(tempfile.mkdtemp(prefix="mt"))
@@ -120,8 +134,10 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdin=subprocess.PIPE if talks else None,
+                stdout=subprocess.PIPE if talks else log,
+                stderr=log,
+                bufsize=0,
                 cwd=ROOT,
                 env=self._environment,
                 start_new_session=True,

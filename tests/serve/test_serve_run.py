@@ -19,8 +19,8 @@ from tritonclient.utils import InferenceServerException
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, rows
-from tests.serve.cluster import profile, shipped
-from tests.serve.server import BIN, Server, free_ports
+from tests.serve.cluster import shipped
+from tests.serve.server import BIN, Server, free_ports, profile
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from ray import exceptions
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments.channel import ChannelError
-from deployments.client import ENDINGS, LeastLoaded, Origin, Reach, _Ended
+from deployments.client import ENDINGS, LeastLoaded, Origin, Reach
 from deployments.types import Batch, ChannelAddress, Endpoint
 
 BATCH = Batch(rows=(1,), inputs=(), outputs=())
@@ -63,8 +64,9 @@ def routed(*, lost: str, named: str, is_retry: bool) -> Any:
 
 def test_a_batch_under_which_its_replica_ended_is_not_sent_to_another() -> None:
     """Serve would: what ended one would end them all."""
-    with pytest.raises(_Ended):
+    with pytest.raises(DeploymentUnavailableError):
         routed(lost="one", named="one", is_retry=True)
+    assert DeploymentUnavailableError in ENDINGS
 
 
 @pytest.mark.parametrize(("lost", "is_retry"), [("other", True), ("one", False)])

@@ -49,26 +49,28 @@ class Channel:
 class Handle:
     """A replica that is reached through Serve."""
 
-    def __init__(self, name, ended):
+    def __init__(self, name, reach):
         self.name = name
-        self._ended = ended
+        self._reach = reach
 
     async def execute(self, batch):
-        if self.name in self._ended:
+        if self.name in self._reach.ended:
             raise ReplicaLost("m")
-        return BatchReply(())
+        return BatchReply((), refused=self.name in self._reach.others)
 
     async def aclose(self):
         pass
 
 
 class Reach:
-    """`broken` replicas have no channel that could be opened; calls to `ended` ones are lost."""
+    """`broken` replicas have no channel that could be opened; calls to `ended` ones are lost,
+    and those to `others` reach another one than they name."""
 
     def __init__(self):
         self.opened = []
         self.broken = set()
         self.ended = set()
+        self.others = set()
         self.attempts = 0
         self.closed = False
 
@@ -84,7 +86,7 @@ class Reach:
         return channel
 
     def through_serve(self, deployment, replica_id):
-        return Handle(f"{deployment}/{replica_id}", self.ended)
+        return Handle(f"{deployment}/{replica_id}", self)
 
     async def aclose(self):
         self.closed = True
@@ -181,6 +183,26 @@ async def test_a_channel_says_itself_whether_it_takes_a_batch(places, reach, cal
 
 
 @drive
+async def test_nothing_waits_on_another_node_while_an_instance_here_may_be_free(
+    places, reach, calls
+):
+    places.follow([target(here("a")), target(elsewhere("b"), name="other")])
+    await settle()
+    channel = reach.opened[0][2]
+    channel.say(idle=False, ahead=False)  # another Router has been there: it is to be asked
+    there = places.idle()
+    there.running += 1
+    assert there.ahead and places.ahead() is None
+    channel.say(idle=True)
+    local = places.idle()
+    assert isinstance(local, LocalPlace)
+    local.running += 1
+    assert places.ahead() is there
+    channel.say(ahead=True)
+    assert places.ahead() is local
+
+
+@drive
 async def test_a_refusal_rests_longer_each_time_until_one_is_accepted(places, reach, calls):
     places.follow([target(elsewhere("a"))])
     loop = asyncio.get_running_loop()
@@ -238,7 +260,9 @@ async def test_one_that_never_had_a_channel_is_reached_through_serve_at_once(pla
 
 
 @drive
-async def test_where_a_call_was_lost_nothing_is_sent_for_a_while(places, reach, calls):
+async def test_where_a_call_was_lost_nothing_is_sent_until_it_says_that_it_lives(
+    places, reach, calls
+):
     """Its calls come back at once, and it would seem free for all that waits."""
     places.follow([target(elsewhere("a", 2)), target(elsewhere("b"), name="other")])
     reach.ended.add("group/a")
@@ -247,29 +271,46 @@ async def test_where_a_call_was_lost_nothing_is_sent_for_a_while(places, reach, 
     with pytest.raises(ReplicaLost):
         await place.execute(BATCH)
     place.running -= 1
-    assert names(places) == ["ServePlace"]  # b's: both of a's rest
+    assert names(places) == ["ServePlace"]  # b's: both of a's are in doubt
     other = places.idle()
     other.running += 1
     assert isinstance(await other.execute(BATCH), BatchReply)
     other.running -= 1
+    await asyncio.sleep(LOST_S * 4.5)
+    assert names(places) == ["ServePlace"]
+    reach.ended.clear()
     before = len(calls)
-    await asyncio.sleep(LOST_S * 1.1)
-    assert names(places) == ["ServePlace"] * 3  # the Controller has not said that it is gone
-    assert len(calls) > before
+    await asyncio.sleep(LOST_S)
+    assert names(places) == ["ServePlace"] * 3
+    assert len(calls) > before  # somebody may wait for them
 
 
 @drive
-async def test_a_refusal_does_not_cut_the_rest_after_a_loss_short(places, reach, calls):
+async def test_another_replica_that_answers_instead_does_not_count(places, reach, calls):
     places.follow([target(elsewhere("a"))])
     reach.ended.add("group/a")
     place = places.idle()
     with pytest.raises(ReplicaLost):
         await place.execute(BATCH)
-    place.refused()
-    await asyncio.sleep(LOST_S / 2)
+    place.refused()  # nor does the end of a shorter rest
+    reach.ended.clear()
+    reach.others.add("group/a")
+    await asyncio.sleep(LOST_S * 2.5)
     assert places.idle() is None
+    reach.others.clear()
     await asyncio.sleep(LOST_S)
     assert places.idle() is place
+
+
+@drive
+async def test_one_in_doubt_that_leaves_is_asked_no_more(places, reach, calls):
+    places.follow([target(elsewhere("a"))])
+    reach.ended.add("group/a")
+    with pytest.raises(ReplicaLost):
+        await places.idle().execute(BATCH)
+    places.follow([])
+    await settle()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 @drive
