@@ -134,6 +134,17 @@ class Load:
             found[protocol] = round(min(after) - strike_s, 2) if after else 0.0
         return found
 
+    def relapses(self, dead_s: float) -> list[Sent]:
+        """Failures of loops that had a good answer already to what they sent after that moment: who
+        was back once stays so."""
+        found, back = [], set()
+        for one in sorted(self.sent, key=lambda each: each.begun_s):
+            if one.begun_s > dead_s and one.outcome == "ok":
+                back.add(one.loop)
+            elif one.loop in back and one.outcome:
+                found.append(one)
+        return found
+
     def in_work(self, at_s: float) -> dict[str, int]:
         """What those came to that were sent before that moment and not answered by then."""
         return dict(Counter(one.outcome for one in self.sent if one.begun_s < at_s < one.ended_s))

@@ -70,7 +70,7 @@ def test_every_failure_has_its_row_and_every_row_a_test() -> None:
     for name, cells in rows.items():
         sees, lost, _, test = cells
         if name != "Serve's proxy":  # there is none
-            assert sees and lost and "tests/serve/test_" in test, name
+            assert sees and lost and re.search(NAMED, test), name
 
 
 def test_every_test_that_operations_names_exists() -> None:
