@@ -20,7 +20,6 @@ from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.request_router import (
-    FIFOMixin,
     PendingRequest,
     ReplicaID,
     RequestRouter,
@@ -50,11 +49,14 @@ ENDINGS: tuple[type[Exception], ...] = (
 )
 
 
-class LeastLoaded(FIFOMixin, RequestRouter):  # type: ignore[misc]
+class LeastLoaded(RequestRouter):  # type: ignore[misc]
     """Serve's choice of a replica for one call: the one that the call names, while it lives.
 
     Else the one with the shortest queue among all: Serve's default looks at two replicas picked at
     random; with three or more it can pick two busy ones while a third is idle.
+
+    Without Serve's FIFOMixin, which gives what was chosen for one call to another that came before:
+    two batches would be at one replica, and none at the other.
 
     A batch under which its replica ended is not sent to another one, as Serve would: it may be what
     ended it, and would end them all in turn.

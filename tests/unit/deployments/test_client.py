@@ -62,6 +62,39 @@ def routed(*, lost: str, named: str, is_retry: bool) -> Any:
     return asyncio.run(choose())
 
 
+class Replica:
+    """One that Serve knows, and that tells after a while how many calls it has."""
+
+    max_ongoing_requests = 20
+
+    def __init__(self, name: str, after_s: float) -> None:
+        self.replica_id = ReplicaID(name, GROUP)
+        self._after_s = after_s
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        await asyncio.sleep(self._after_s)
+        return 0
+
+
+@pytest.mark.parametrize("slow", ["one", "two"])
+def test_each_batch_goes_to_the_replica_that_it_names(slow: str) -> None:
+    """Serve's order of requests is another thing than whose replica answers first."""
+
+    async def both() -> list[str]:
+        router = LeastLoaded(GROUP, DeploymentHandleSource.REPLICA)
+        replicas: Any = [Replica(name, 0.05 * (name == slow)) for name in ("one", "two")]
+        router.update_replicas(replicas)
+        calls = []
+        for name in ("one", "two"):
+            ids = {"request_id": name, "internal_request_id": name}
+            metadata = RequestMetadata(**ids, call_method="execute")
+            call = PendingRequest(args=[BATCH, name], kwargs={}, metadata=metadata)
+            calls.append(router._choose_replica_for_request(call))
+        return [chosen.replica_id.unique_id for chosen in await asyncio.gather(*calls)]
+
+    assert asyncio.run(both()) == ["one", "two"]
+
+
 def test_a_batch_under_which_its_replica_ended_is_not_sent_to_another() -> None:
     """Serve would: what ended one would end them all."""
     with pytest.raises(DeploymentUnavailableError):
