@@ -269,11 +269,15 @@ def _facts(request: InferRequest, outputs: tuple[str, ...]) -> RequestFacts:
 
 
 def refuse_parameters(parameters: Mapping[str, ParameterValue]) -> None:
-    """Request parameters that are reserved, or asked for and not done here."""
-    for key, value in parameters.items():
-        if key.startswith("triton_"):
-            raise InvalidArgument(f"parameter '{key}' is reserved for Triton usage")
-        if key in _NOT_YET and value:
+    """Request parameters that are reserved, or asked for and not done here. Of several the same
+    one is named whatever their order, which gRPC's messages do not keep."""
+    if not parameters:
+        return
+    reserved = [key for key in parameters if key.startswith("triton_")]
+    if reserved:
+        raise InvalidArgument(f"parameter '{min(reserved)}' is reserved for Triton usage")
+    for key in _NOT_YET:
+        if parameters.get(key):
             raise Unsupported(f"request parameter '{key}' is not supported")
 
 

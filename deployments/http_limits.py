@@ -1,8 +1,8 @@
 """uvicorn's own HTTP protocol with a cap and a deadline on what comes before a body.
 
-Owns the limits on headers and on chunks, and the end of clients that neither send nor read: uvicorn
-has none of them, and a connection without a timer is a file descriptor for ever. Called by the
-listener, for every port.
+Owns the limits on headers and on chunks, the answer to what is no HTTP, and the end of clients that
+neither send nor read: uvicorn has no limits, and a connection without a timer is a file descriptor
+for ever. Called by the listener, for every port.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from . import http_body, http_replies
 from .forwarding import AS_SENT
 
-_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-    b'content-length: 39\r\nconnection: close\r\n\r\n{"error":"request headers are too big"}'
-)
-_TOO_MANY_CHUNKS = (
-    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+_BAD, _TOO_LARGE = b"400 Bad Request", b"431 Request Header Fields Too Large"
+_REFUSAL = (
+    b"HTTP/1.1 %b\r\ncontent-type: application/json\r\n"
     b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
 )
 
@@ -52,11 +49,8 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._header_bytes += len(data)
         self._fresh_bytes = len(data) if self._between else 0
         super().data_received(data)
-        if self._in_headers and self._header_bytes > self.max_header_bytes:
-            self._headers_over()
-            if not self.transport.is_closing():
-                self.transport.write(_TOO_LARGE)
-                self.transport.close()
+        if self._headers_too_large() and not self.transport.is_closing():
+            self._end_with(_TOO_LARGE, "request headers are too big")
         if self.transport.is_closing():
             self._watch_flush()
         elif self.timeout_keep_alive_task is None and self._header_timer is None:
@@ -83,25 +77,45 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         super().on_message_complete()
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()  # which raises for a path that is none
         self._headers_over()
-        super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
         """Who reads the body gets many small chunks as one: only here can they be counted."""
         self._chunks += 1
         # The last one is empty, and none of them.
         if self._chunks > http_body.MAX_CHUNKS + 1 and not self.transport.is_closing():
-            self._refuse_chunks()
+            self._end_with(_BAD, str(http_body.too_many_chunks()))
 
-    def _refuse_chunks(self) -> None:
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to what is no HTTP, in the form of all other errors."""
+        if self._headers_too_large():
+            self._end_with(_TOO_LARGE, "request headers are too big")
+        else:
+            self._end_with(_BAD, msg)
+
+    def _headers_too_large(self) -> bool:
+        return self._in_headers and self._header_bytes > self.max_header_bytes
+
+    def _end_with(self, status: bytes, text: str) -> None:
+        """Ends the connection; says why, unless it would be taken for the answer to a request
+        before this one or stand in the middle of an answer."""
         cycle = self.cycle
-        if not self.pipeline and not cycle.response_started:
-            body = http_replies.error_body(str(http_body.too_many_chunks()))
-            self.transport.write(_TOO_MANY_CHUNKS % (len(body), body))
+        if cycle is None:
+            alone = True
+        elif self._in_headers or self._between:
+            alone = cycle.response_complete  # that of the request before
+        else:
+            alone = not cycle.response_started
+        if alone and not self.pipeline:
+            body = http_replies.error_body(text)
+            self.transport.write(_REFUSAL % (status, len(body), body))
+        self._headers_over()
         self._end()
-        # Who reads this body reads no more of it, and has nobody to answer.
-        cycle.disconnected = cycle.response_complete = True
-        cycle.message_event.set()
+        if cycle is not None:
+            # Who reads this body reads no more of it, and has nobody to answer.
+            cycle.disconnected = cycle.response_complete = True
+            cycle.message_event.set()
 
     def _expect_headers(self) -> None:
         self._in_headers, self._header_bytes = True, 0

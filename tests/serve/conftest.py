@@ -10,11 +10,13 @@ import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
 from tests.serve import repository
+from tests.serve.clients import infer, rows
 from tests.serve.server import Server, manta_serve, wait_for
 
 GOOD = ("mlp", "eager_mlp", "seed", "slow", "shared", "picky", "strings", "big")
@@ -161,3 +163,28 @@ def grpc(server: Server) -> Iterator[grpcclient.InferenceServerClient]:
     client = grpcclient.InferenceServerClient(server.grpc)
     yield client
     client.close()
+
+
+@pytest.fixture(scope="module")
+def router(server: Server) -> psutil.Process:
+    """Its only one."""
+    (pid,) = server.replica_pids("manta:Router")
+    return psutil.Process(pid)
+
+
+@pytest.fixture
+def unharmed(
+    server: Server,
+    router: psutil.Process,
+    http: httpclient.InferenceServerClient,
+    grpc: grpcclient.InferenceServerClient,
+) -> Iterator[None]:
+    """Afterwards: live, the same answer over both protocols, and no more memory than the
+    allocator may keep."""
+    before = router.memory_info().rss
+    yield
+    assert server.live()
+    told = [infer(one, "mlp", {"INPUT__0": rows(1, 8)}) for one in (http, grpc)]
+    one, other = (reply.as_numpy("OUTPUT__0") for reply in told)
+    assert one.shape == (1, 4) and (one == other).all()
+    wait_for(lambda: router.memory_info().rss < before + (64 << 20), 20, "memory is given back")

@@ -232,6 +232,10 @@ def test_generate_and_infer_tell_the_same_errors(server: Server, http: Any) -> N
         assert reply.status_code == 400 and "The schema can not convert" in reply.text
         reply = httpx.post(url(server, f"mlp/{verb}"), json={"PROMPT": "hello"})
         assert reply.status_code == 400 and "expected 1 inputs but got 0 inputs" in reply.text
+        reply = httpx.post(url(server, f"mlp/{verb}"), json={"INPUT__0": [1] * 8, "timeout": 5})
+        assert reply.status_code == 501 and "'timeout' is not supported" in reply.text
+        reply = httpx.post(url(server, f"pickled/versions/1/{verb}"), json={})
+        assert reply.status_code == 503 and "version 1 is not at ready state" in reply.text
         packed = gzip.compress(b'{"INPUT__0": [1, 2, 3, 4, 5, 6, 7, 8]}')
         headers = {"content-encoding": "gzip"}
         reply = httpx.post(url(server, f"mlp/{verb}"), content=packed, headers=headers)

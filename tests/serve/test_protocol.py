@@ -104,8 +104,9 @@ def test_strings_keep_nul_bytes_and_their_own_rows(client: Any) -> None:
     assert reply.as_numpy("OUTPUT__0").ravel().tolist() == expected
 
 
-@pytest.mark.parametrize("megabytes", [0.5, 3.9, 4.1, 20])
+@pytest.mark.parametrize("megabytes", [0.5, 3.9, 4.1, 20, 70])
 def test_large_tensors_in_both_directions(client: Any, megabytes: float) -> None:
+    """The last is above --http-max-input-size, which does not count what follows the JSON."""
     x = rows(1, int(megabytes * (1 << 18)))
     reply = infer(client, "big", {"x": x})
     assert np.array_equal(reply.as_numpy("OUTPUT__0"), x)
@@ -212,6 +213,20 @@ def test_statistics_and_metrics_agree(server: Server, http: Any) -> None:
     line = 'nv_inference_request_success{model="mlp",version="1"} '
     assert f"{line}{stats['inference_stats']['success']['count']}\n" in text
     assert 'nv_inference_request_failure{model="mlp",reason="REJECTED",version="1"} 0' in text
+
+
+def test_the_port_of_metrics_has_one_page(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.metrics_port}"
+    reply = httpx.get(f"{url}/metrics")
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+    for method, path, code in (
+        ("POST", "/metrics", 405),
+        ("DELETE", "/metrics", 405),
+        ("GET", "/v2/health/ready", 404),
+        ("POST", "/v2/models/mlp/infer", 404),
+    ):
+        reply = httpx.request(method, url + path)
+        assert reply.status_code == code and list(reply.json()) == ["error"]
 
 
 def test_repository_index_tells_the_reasons(server: Server, http: Any, grpc: Any) -> None:

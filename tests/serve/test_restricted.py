@@ -1,10 +1,13 @@
-"""Restricted APIs and options of the gRPC port on a real server, with stock clients."""
+"""Restricted APIs, options of the gRPC port and limits of queues on a real server, with stock
+clients."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
-from tests.serve.clients import infer, inputs, rows
+from tests.serve.clients import aio_client, infer, infer_aio, inputs, rows
 from tests.serve.server import BIN, Server, manta_serve, wait_for
 
+WAITING = 4  # requests for one model
 INFER_VALUE, ADMIN_VALUE = "1nf3r-v4lue", "4dm1n-v4lue"
 GROUPS = [f"inference:X-Infer={INFER_VALUE}", f"model-repository,model-config:adm={ADMIN_VALUE}"]
 HTTP = {"inference": {"x-infer": INFER_VALUE}, "admin": {"ADM": ADMIN_VALUE}}
@@ -36,6 +40,7 @@ GRPC = {
 @pytest.fixture(scope="module")
 def closed(models_root: Path) -> Iterator[Server]:
     flags = ["--model-control-mode=explicit", "--load-model=mlp", "--log-verbose=1"]
+    flags += ["--load-model=slow", f"--max-queue-requests={WAITING}", "--max-queue-secs=2"]
     flags += [f"--http-restricted-api={group}" for group in GROUPS]
     flags += [f"--grpc-restricted-protocol={group}" for group in GROUPS]
     flags += ["--grpc-infer-response-compression-level=high", "--grpc-keepalive-time=60000"]
@@ -154,6 +159,41 @@ def test_compressed_both_ways(closed: Server, algorithm: str | None) -> None:
         got = reply.as_numpy("OUTPUT__0")
         assert got.shape == (32, 4) and np.array_equal(got, np.repeat(got[:1], 32, 0))
     one.close()
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_who_finds_the_queue_full_and_who_waits_in_it_too_long(
+    closed: Server, protocol: str
+) -> None:
+    """Of 16, two run, and beside each one more may be on its way; four wait; the rest is told."""
+    refusal = "503" if protocol == "http" else "StatusCode.UNAVAILABLE"
+
+    async def ask(one: Any, seconds: float) -> str:
+        x = np.full((1, 1), seconds, np.float32)
+        try:
+            await infer_aio(one, "slow", {"s": x}, headers=headers(one)["inference"])
+        except InferenceServerException as error:
+            assert error.status() == refusal
+            return str(error.message())
+        return "ok"
+
+    async def use(go: Callable[[], None]) -> Counter[str]:
+        async with aio_client(closed, protocol) as one:
+            asked = [asyncio.create_task(ask(one, -1.0)) for _ in range(16)]
+            while sum(call.done() for call in asked) < 16 - 4:
+                await asyncio.sleep(0.05)
+            go()
+            told = Counter(await asyncio.gather(*asked))
+            assert await ask(one, 0.0) == "ok"
+            return told
+
+    with repository.holding(closed.repository / "slow") as go:
+        told = asyncio.run(asyncio.wait_for(use(go), 60))
+    full = f"[request id: <id_unknown>] Exceeds maximum queue size: {WAITING} requests wait for"
+    late = "[request id: <id_unknown>] Request timeout expired: model 'slow' had no free instance"
+    assert 16 - WAITING - 4 <= told[f"{full} model 'slow'"] <= 16 - WAITING - 2, told
+    assert told[f"{late} in time"] >= WAITING
+    assert 2 <= told["ok"] <= 4 and sum(told.values()) == 16 and len(told) == 3
 
 
 def test_what_haproxy_does_not_take_was_warned_of(closed: Server) -> None:

@@ -129,12 +129,13 @@ def test_stream_infer_of_the_aio_client(road: Server) -> None:
 def test_errors_are_told_in_the_band_and_the_stream_goes_on(triton: Any) -> None:
     answers = Answers()
     triton.start_stream(callback=answers)
-    bad = [
+    bad: list[Any] = [
         ("nowhere", rows(1, 8), {}, "unknown model: 'nowhere'"),
         ("mlp", rows(1, 8), {"model_version": "9"}, "version 9 is not found"),
         ("mlp", rows(1, 8), {"model_version": "-1"}, "integer > 0"),
         ("mlp", rows(1, 9), {}, "[request id: 3] unexpected shape"),
         ("mlp", rows(33, 8), {}, "batch-size must be <= 32"),
+        ("mlp", rows(1, 8), {"sequence_id": 7, "sequence_start": True}, "'sequence_id' is not sup"),
     ]
     for number, (model, x, more, _) in enumerate(bad):
         ask(triton, model, {"INPUT__0": x}, str(number), **more)

@@ -221,6 +221,18 @@ def test_parameters_with_triton_names_are_reserved(server):
         infer(server, "linear", X, parameters={"triton_x": 1})
 
 
+def test_of_several_the_same_one_is_named_in_any_order(server):
+    """A map of gRPC's has no order."""
+    keys = ["timeout", "sequence_end", "sequence_id", "sequence_start"]
+    for order in (keys, keys[::-1]):
+        with pytest.raises(MantaError, match="'sequence_id' is not supported"):
+            infer(server, "linear", X, parameters=dict.fromkeys(order, 1))
+        order = [*order, *(f"triton_{key}" for key in order)]
+        for each in (order, order[::-1]):
+            with pytest.raises(InvalidArgument, match="'triton_sequence_end' is reserved"):
+                infer(server, "linear", X, parameters=dict.fromkeys(each, 1))
+
+
 def test_classes_are_awaited_as_tensors_are(server):
     """By `infer`, and by a ticket's future."""
     classes = (RequestedOutput("OUTPUT__0", classification=9),)
