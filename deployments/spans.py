@@ -32,8 +32,12 @@ REQUEST, COMPUTE = "InferRequest", "compute"
 _SCOPE = InstrumentationScope("manta")
 _SAMPLED = api.TraceFlags(api.TraceFlags.SAMPLED)
 _PROPAGATOR = TraceContextTextMapPropagator()
-# They speak of each batch that is lost.
-_LOUD = ("opentelemetry.sdk._shared_internal", f"{EXPORTER}.trace_exporter")
+# They speak of each batch that is lost, and of each attribute that cannot be sent.
+_LOUD = (
+    "opentelemetry.sdk._shared_internal",
+    "opentelemetry.exporter.otlp.proto.common._internal",
+    f"{EXPORTER}.trace_exporter",
+)
 
 
 class Spans:
