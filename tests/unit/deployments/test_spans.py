@@ -101,11 +101,16 @@ def test_attributes_say_whose_it_is(spans, memory):
 
 def test_executions_of_one_batch_link_to_one_another(spans, memory):
     others = tuple(Ids(number, number << 64, 1, 2, number) for number in range(50, 300))
-    spans.take(finished(batch=Batched(251, 251, (*others, IDS))))
-    request, model, compute = memory.get_finished_spans()
-    linked = [(link.context.trace_id, link.context.span_id) for link in compute.links]
-    assert linked == [(ids.trace_id, ids.compute) for ids in others[:128]]
-    assert not request.links and not model.links
+    for mates, most in ((others[:3], 3), (others, 16)):
+        batch = Batched(len(mates) + 1, len(mates) + 1, (*mates, IDS))
+        for ids in (IDS, *mates):
+            memory.clear()
+            spans.take(finished(ids=ids, batch=batch))
+            request, model, compute = memory.get_finished_spans()
+            linked = [(link.context.trace_id, link.context.span_id) for link in compute.links]
+            wanted = [mate for mate in batch.members if mate is not ids][:most]
+            assert linked == [(mate.trace_id, mate.compute) for mate in wanted]
+            assert not request.links and not model.links
 
 
 def test_a_clients_span_is_the_parent(spans, memory):
