@@ -20,20 +20,24 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from configs.tracing import EXPORTER, TraceConfig
 
-from .tracing import Carrier, Finished, Ids, Parent
+from .tracing import Batched, Carrier, Finished, Ids, Parent
 
 logger = logging.getLogger("manta.trace")
 
 MAX_PARENT_BYTES, MAX_STATE_BYTES = 512, 8192
-MAX_LINKS = 128  # the SDK's own limit
+MAX_LINKS = 16  # of one span: those of a batch grow with its square
 EXPORT_TIMEOUT_S = 10.0
 SERVICE = "triton-inference-server"
 REQUEST, COMPUTE = "InferRequest", "compute"
 _SCOPE = InstrumentationScope("manta")
 _SAMPLED = api.TraceFlags(api.TraceFlags.SAMPLED)
 _PROPAGATOR = TraceContextTextMapPropagator()
-# They speak of each batch that is lost.
-_LOUD = ("opentelemetry.sdk._shared_internal", f"{EXPORTER}.trace_exporter")
+# They speak of each batch that is lost, and of each attribute that cannot be sent.
+_LOUD = (
+    "opentelemetry.sdk._shared_internal",
+    "opentelemetry.exporter.otlp.proto.common._internal",
+    f"{EXPORTER}.trace_exporter",
+)
 
 
 class Spans:
@@ -42,6 +46,8 @@ class Spans:
     def __init__(self, processor: SpanProcessor, resource: Resource) -> None:
         self._processor = processor
         self._resource = resource
+        # Of the batch that ended last: its first executions, and the links to them.
+        self._linked: tuple[Batched | None, list[tuple[Ids, api.Link]]] = (None, [])
 
     def parent(self, carrier: Carrier) -> Parent | None:
         """What is malformed counts as absent, as the W3C wants it."""
@@ -89,7 +95,7 @@ class Spans:
         if "COMPUTE_START" in at:
             times = (at["COMPUTE_START"], at["COMPUTE_END"])
             compute = self._context(trace, ids.compute)
-            yield self._span(trace, COMPUTE, compute, model, times, split[2], _links(trace))
+            yield self._span(trace, COMPUTE, compute, model, times, split[2], self._links(trace))
 
     def _context(self, trace: Finished, span_id: int) -> api.SpanContext:
         state = None if trace.parent is None else trace.parent.state
@@ -123,6 +129,16 @@ class Spans:
             _SCOPE,
         )
 
+    def _links(self, trace: Finished) -> list[api.Link]:
+        """To the executions of the batch's other traced members, as far as that many go."""
+        batch = trace.batch
+        if batch is None:
+            return []
+        if self._linked[0] is not batch:
+            first = batch.members[: MAX_LINKS + 1]
+            self._linked = (batch, [(ids, api.Link(_compute(ids))) for ids in first])
+        return [link for ids, link in self._linked[1] if ids is not trace.ids][:MAX_LINKS]
+
 
 def _attributes(trace: Finished) -> dict[str, str | int]:
     found: dict[str, str | int] = {
@@ -148,14 +164,6 @@ def _split(stamps: Sequence[tuple[str, int]]) -> tuple[list[Event], list[Event],
         )
         found[place].append(Event(name, timestamp=at_ns))
     return found
-
-
-def _links(trace: Finished) -> list[api.Link]:
-    """To the executions of the batch's other traced members."""
-    if trace.batch is None:
-        return []
-    mates = [ids for ids in trace.batch.members if ids is not trace.ids][:MAX_LINKS]
-    return [api.Link(_compute(ids)) for ids in mates]
 
 
 def _compute(ids: Ids) -> api.SpanContext:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .tracing import Carrier, Finished, Parent
 logger = logging.getLogger("manta.trace")
 
 MAX_WAITING, MAX_WAITING_BYTES = 4096, 64 << 20
+WRITE_BYTES = 1 << 20  # so much text is one write; a trace is never in two
 MAX_ROUTERS = 1024
 _OPEN, _BETWEEN, _CLOSE = b"[\n", b",\n", b"\n]\n"
 
@@ -41,6 +42,9 @@ class TraceFile:
         self._thread = threading.Thread(target=self._run, name="manta-traces", daemon=True)
         self._lost = 0
         self._put_bytes = self._got_bytes = 0  # of tensors; each of them is one thread's own
+        self._texts: list[bytes] = []  # of the next write, which goes there
+        self._to: _Array | None = None
+        self._text_bytes = self._held_bytes = 0  # of these, and of their tensors
         self._failed = False
         self._all: _Array | None = None  # of those without a log frequency
         self._some: _Array | None = None
@@ -52,7 +56,7 @@ class TraceFile:
         return None
 
     def take(self, trace: Finished) -> None:
-        size = sum(tensor.data.nbytes for tensor in trace.tensors)
+        size = _tensor_bytes(trace)
         try:
             if size and self._put_bytes + size - self._got_bytes > MAX_WAITING_BYTES:
                 raise queue.Full
@@ -65,29 +69,55 @@ class TraceFile:
 
     def close(self, limit_s: float) -> None:
         """Writes what waits, within the limit. For a thread: it blocks."""
+        deadline_s = time.monotonic() + limit_s
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=limit_s)
-        self._thread.join(limit_s)
+        self._thread.join(max(deadline_s - time.monotonic(), 0))
 
     # --- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
-            batch = [self._waiting.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < MAX_WAITING:
-                    batch.append(self._waiting.get_nowait())
-            ended = None in batch
-            found = [trace for trace in batch if trace is not None]
+        while True:
             try:
-                self._write(found)
-                self._failed = False
-            except Exception as error:
-                self._tell(error)
-            self._got_bytes += sum(t.data.nbytes for trace in found for t in trace.tensors)
+                trace = self._waiting.get_nowait()
+            except queue.Empty:
+                self._flush()
+                trace = self._waiting.get()
+            if trace is None:
+                break
+            self._add(trace)
+        self._flush()
         if self._lock >= 0:
             os.close(self._lock)
+
+    def _add(self, trace: Finished) -> None:
+        """To what is written next, as far as that is the same file's and no more than one write."""
+        try:
+            place = self._place(trace)
+            texts = [text.encode() for text in texts_of(trace)]
+        except Exception as error:
+            self._tell(error)
+            self._got_bytes += _tensor_bytes(trace)
+            return
+        if place is not self._to:
+            self._flush()
+            self._to = place
+        self._texts += texts
+        self._text_bytes += sum(map(len, texts))
+        self._held_bytes += _tensor_bytes(trace)
+        if self._text_bytes >= WRITE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        texts, self._texts, self._text_bytes = self._texts, [], 0
+        try:
+            if texts and self._to is not None:
+                self._to.append(texts)
+                self._failed = False
+        except Exception as error:
+            self._tell(error)
+        self._got_bytes += self._held_bytes
+        self._held_bytes = 0
 
     def _tell(self, error: Exception) -> None:
         """Once, until it works again."""
@@ -95,12 +125,6 @@ class TraceFile:
             text = getattr(error, "strerror", None) or type(error).__name__
             logger.error("traces cannot be written: %s", text)
         self._failed = True
-
-    def _write(self, traces: list[Finished]) -> None:
-        """One write for all that follow each other in one file."""
-        for place, group in itertools.groupby(traces, self._place):
-            events = (event for trace in group for event in events_of(trace))
-            place.append([json.dumps(event).encode() for event in events])
 
     def _place(self, trace: Finished) -> _Array:
         if self._lock < 0:
@@ -118,7 +142,7 @@ class TraceFile:
 
 
 class _Array:
-    """A file that holds a whole JSON array after each write."""
+    """A file that holds a whole JSON array after each write, also one that fails."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -129,12 +153,23 @@ class _Array:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if self._end else os.O_TRUNC)
         file = os.open(self._path, flags, 0o640)
         try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(file, data[written:], self._end + written)
+            _put(file, data, self._end)
+        except OSError:
+            # A full disk still has the place of what stood here before.
+            with contextlib.suppress(OSError):
+                _put(file, _CLOSE if self._end else _OPEN + _CLOSE, self._end)
+            raise
         finally:
             os.close(file)
         self._end += len(data) - len(_CLOSE)
+
+
+def _put(file: int, data: bytes, at: int) -> None:
+    """The end of the file, whatever was behind. Raises OSError."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], at + written)
+    os.ftruncate(file, at + written)
 
 
 def claim(path: Path) -> tuple[Path, int]:
@@ -154,17 +189,21 @@ def claim(path: Path) -> tuple[Path, int]:
     raise OSError("too many Routers write traces")
 
 
-def events_of(trace: Finished) -> Iterator[dict[str, Any]]:
-    """What Triton writes of one trace, in its order."""
+def texts_of(trace: Finished) -> Iterator[str]:
+    """The events that Triton writes of one trace, in its order, as JSON."""
     number = trace.ids.number
     version = int(trace.version) if trace.version.isdigit() else -1
     head: dict[str, Any] = {"id": number, "model_name": trace.model, "model_version": version}
     if trace.request_id:
         head["request_id"] = trace.request_id
-    yield head
+    yield json.dumps(head)
     for name, at_ns in trace.stamps:
-        yield {"id": number, "timestamps": [{"name": name, "ns": at_ns}]}
+        yield json.dumps({"id": number, "timestamps": [{"name": name, "ns": at_ns}]})
     for tensor in trace.tensors:
-        document = described(tensor)
+        document = json.dumps(described(tensor))  # once: it is long
         for activity in tensor.activities:
-            yield {"id": number, "activity": activity, "tensor": document}
+            yield f'{{"id": {number}, "activity": "{activity}", "tensor": {document}}}'
+
+
+def _tensor_bytes(trace: Finished) -> int:
+    return sum(tensor.data.nbytes for tensor in trace.tensors)

@@ -29,7 +29,7 @@ logger = logging.getLogger("manta.trace")
 Carrier: TypeAlias = tuple[bytes, bytes]
 Stamps: TypeAlias = tuple[tuple[str, int], ...]
 TIMESTAMPS, TENSORS = "TIMESTAMPS", "TENSORS"
-MAX_ERROR_CHARS = 1024
+MAX_ERROR_CHARS, MAX_ID_CHARS = 1024, 256
 LEFT = "the client is gone"
 
 
@@ -259,8 +259,7 @@ class Trace:
         """Nothing of it may reach the client."""
         tracer = self._tracer
         try:
-            raw = self._request_id
-            error = str(result)[:MAX_ERROR_CHARS] if isinstance(result, MantaError) else ""
+            error = _text(str(result), MAX_ERROR_CHARS) if isinstance(result, MantaError) else ""
             stamps: Stamps = ()
             if tracer.stamped:
                 since_1970_ns = time.time_ns() - time.monotonic_ns()
@@ -269,7 +268,7 @@ class Trace:
             trace = Finished(
                 tracer.model,
                 tracer.version,
-                raw if isinstance(raw, str) else raw.decode(errors="replace"),
+                _text(self._request_id, MAX_ID_CHARS),
                 self.ids,
                 self._parent,
                 stamps,
@@ -309,6 +308,14 @@ class Trace:
         if self._direct and sent_ns > done_ns:
             stamps += [(edge.send_start, done_ns), (edge.send_end, sent_ns)]
         return stamps
+
+
+def _text(raw: str | bytes, most: int) -> str:
+    """So many characters of it, since many traces may wait; a lone surrogate, which JSON can bring
+    and no protobuf can carry, is a question mark."""
+    if isinstance(raw, bytes):  # no character has more than four
+        raw = raw[: 4 * most].decode(errors="replace")
+    return raw[:most].encode("utf-8", "replace").decode()
 
 
 # --- what clients send along ---------------------------------------------------------------------

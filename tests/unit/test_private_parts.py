@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from opentelemetry.exporter.otlp.proto.common import _internal as encoding
 from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.sdk import _shared_internal
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -122,9 +123,9 @@ def test_the_fork_server_finds_where_ray_draws_ids_at_import() -> None:
 
 
 def test_the_batch_processor_ends_within_a_limit() -> None:
-    """`spans` hands it one, and hushes two loggers by their names."""
+    """`spans` hands it one, and hushes three loggers by their names."""
     processor = BatchSpanProcessor(InMemorySpanExporter())
     assert "timeout_millis" in inspect.signature(processor._batch_processor.shutdown).parameters
     processor.shutdown()
-    found = {_shared_internal._logger.name, trace_exporter._logger.name}
+    found = {each._logger.name for each in (_shared_internal, encoding, trace_exporter)}
     assert found == set(spans._LOUD)

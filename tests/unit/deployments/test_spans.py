@@ -18,10 +18,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from configs import tracing as configured
+from deployments.errors import InvalidArgument
 from deployments.spans import Spans, Watched, otlp
-from deployments.tracing import Batched, Finished, Ids
+from deployments.tracing import HTTP, Batched, Finished, Ids, Sampler, Trace, Tracer
 from deployments.types import TraceSettings
 from tests.collector import Collector
+
+from .test_tracing import MODEL, Client
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01".encode()
@@ -40,7 +43,7 @@ STAMPS = (
     ("HTTP_SEND_END", 190),
 )
 IDS = Ids(7, 1 << 100, 21, 22, 23)
-SETTINGS = TraceSettings(("TIMESTAMPS",))
+SETTINGS = TraceSettings(("TIMESTAMPS",), rate=1)
 
 
 def finished(parent=None, ids=IDS, batch=None, stamps=STAMPS, error="", request_id="id"):
@@ -98,11 +101,16 @@ def test_attributes_say_whose_it_is(spans, memory):
 
 def test_executions_of_one_batch_link_to_one_another(spans, memory):
     others = tuple(Ids(number, number << 64, 1, 2, number) for number in range(50, 300))
-    spans.take(finished(batch=Batched(251, 251, (*others, IDS))))
-    request, model, compute = memory.get_finished_spans()
-    linked = [(link.context.trace_id, link.context.span_id) for link in compute.links]
-    assert linked == [(ids.trace_id, ids.compute) for ids in others[:128]]
-    assert not request.links and not model.links
+    for mates, most in ((others[:3], 3), (others, 16)):
+        batch = Batched(len(mates) + 1, len(mates) + 1, (*mates, IDS))
+        for ids in (IDS, *mates):
+            memory.clear()
+            spans.take(finished(ids=ids, batch=batch))
+            request, model, compute = memory.get_finished_spans()
+            linked = [(link.context.trace_id, link.context.span_id) for link in compute.links]
+            wanted = [mate for mate in batch.members if mate is not ids][:most]
+            assert linked == [(mate.trace_id, mate.compute) for mate in wanted]
+            assert not request.links and not model.links
 
 
 def test_a_clients_span_is_the_parent(spans, memory):
@@ -222,6 +230,31 @@ def test_what_waits_is_sent_when_the_router_ends():
         assert (resource["service.name"], resource["zone"]) == ("triton-inference-server", "a")
     finally:
         collector.close()
+
+
+def test_lone_surrogates_cost_no_span_and_no_line(caplog):
+    """JSON may bring them; protobuf takes none."""
+    collector = Collector()
+    try:
+        sink = sink_of(collector.url)
+        arrival = Tracer("mlp", "3", MODEL, SETTINGS, Sampler(SETTINGS), sink).arrive(HTTP, None)
+        traced = arrival.at(Client(), "a\ud800b")
+        assert isinstance(traced, Trace)
+        traced.refused(InvalidArgument("c\udfffd"))
+        with caplog.at_level(logging.DEBUG):
+            sink.take(finished(request_id="\ud800"))  # control: a raw one is lost
+            sink.close(10)
+        found = [
+            (told(span).get("triton.request_id"), span.status.message) for span in collector.spans
+        ]
+        assert found == [("a?b", "c?d")] * 2 + [(None, "")] * 3
+        assert not [each for each in caplog.records if each.name.startswith("opentelemetry.")]
+    finally:
+        collector.close()
+
+
+def told(span):
+    return {pair.key: pair.value.string_value for pair in span.attributes}
 
 
 def test_a_collector_that_does_not_answer_holds_up_no_end():

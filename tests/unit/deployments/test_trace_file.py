@@ -7,14 +7,15 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deployments import trace_file
-from deployments.trace_file import TraceFile, claim, events_of
-from deployments.traced_tensors import OUTPUT, TracedTensor
+from deployments.trace_file import TraceFile, claim, texts_of
+from deployments.traced_tensors import INPUT, OUTPUT, TracedTensor
 from deployments.tracing import Finished, Ids
 from deployments.types import TraceSettings
 
@@ -40,7 +41,7 @@ def path(tmp_path):
 def test_events_are_tritons():
     array = np.array([1, 2], np.int32)
     tensors = (TracedTensor(OUTPUT, "y", "INT32", (2,), array, True),)
-    assert list(events_of(trace(7, request_id='a"\n', tensors=tensors))) == [
+    assert list(map(json.loads, texts_of(trace(7, request_id='a"\n', tensors=tensors)))) == [
         {"id": 7, "model_name": "m", "model_version": 1, "request_id": 'a"\n'},
         {"id": 7, "timestamps": [{"name": "REQUEST_START", "ns": 10}]},
         {"id": 7, "timestamps": [{"name": "REQUEST_END", "ns": 20}]},
@@ -50,7 +51,7 @@ def test_events_are_tritons():
             "tensor": {"name": "y", "data": "1,2", "shape": "2", "dtype": "INT32"},
         },
     ]
-    assert "request_id" not in next(events_of(trace(7)))
+    assert "request_id" not in json.loads(next(texts_of(trace(7))))
 
 
 def test_all_that_was_taken_is_in_the_file(path):
@@ -64,8 +65,69 @@ def test_all_that_was_taken_is_in_the_file(path):
 def test_the_file_is_whole_after_each_write(path):
     array = trace_file._Array(str(path))
     for number in range(1, 6):
-        array.append([json.dumps(event).encode() for event in events_of(trace(number))])
+        array.append([text.encode() for text in texts_of(trace(number))])
         assert numbers(path) == list(range(1, number + 1))
+
+
+# A disk that is full after so many bytes, until there is room again.
+FULL = """
+import json, resource, signal, sys
+from deployments.trace_file import _Array
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for limit in (4096, 500):
+    path = f"{sys.argv[1]}.{limit}"
+    array, written, failures = _Array(path), [], set()
+    for number in range(20):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if number < 15 else hard, hard))
+        # Those that fail are longer than what follows them.
+        filler = "x" * (600 if number < 15 else 1)
+        try:
+            array.append([b"%d" % number, json.dumps(filler).encode()])
+            written.append(number)
+        except OSError as error:
+            failures.add(error.strerror)
+        found = json.load(open(path))
+        assert found[::2] == written, (found, written)
+    print(json.dumps([written, list(failures)]))
+"""
+
+
+def test_a_full_disk_leaves_a_whole_file_and_goes_on_when_it_has_room(path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(map(json.loads, done.stdout.splitlines())) == [
+        [[*range(6), *range(15, 20)], ["File too large"]],
+        [[*range(15, 20)], ["File too large"]],
+    ]
+
+
+def test_a_write_is_bounded_and_gives_its_tensors_room_back(path, monkeypatch):
+    monkeypatch.setattr(trace_file, "WRITE_BYTES", 5000)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(threading.Thread, "join", lambda self, limit_s: None)
+    writes = []
+    append = trace_file._Array.append
+
+    def noted(array, texts):
+        append(array, texts)
+        writes.append((numbers(path), sink._put_bytes - sink._got_bytes))
+
+    monkeypatch.setattr(trace_file._Array, "append", noted)
+    sink = TraceFile(str(path))
+    array = np.zeros(1000, np.int8)  # a document of 2000 bytes, which stands there twice
+    tensors = (TracedTensor(INPUT, "x", "INT8", (1000,), array, True),)
+    for number in range(1, 6):
+        sink.take(trace(number, tensors=tensors))
+    sink.close(10)
+    sink._run()
+    assert writes == [([1, 2], 5000), ([1, 2, 3, 4], 3000), ([1, 2, 3, 4, 5], 1000)]
+    assert sink._put_bytes == sink._got_bytes
 
 
 def test_what_was_there_before_is_overwritten(path):

@@ -243,6 +243,26 @@ async def test_no_trouble_of_a_trace_is_its_requests(clock):
 
 
 @gates.drive
+async def test_what_a_trace_keeps_of_a_request_is_bounded_and_can_be_encoded(clock):
+    sink = Kept()
+    arrival = tracer(clock, sink=sink).arrive(HTTP, None)
+    for given in (
+        "i" * 70_000,
+        b"i" * 70_000,
+        "\u20ac" * 300,
+        ("\u20ac" * 300).encode(),
+        b"\xff" * 300,
+    ):
+        arrival.at(Client(), given).refused(Unavailable("e" * 70_000))
+    assert [(len(t.request_id), len(t.error)) for t in sink.traces] == [(256, 1024)] * 5
+    assert [t.request_id[0] for t in sink.traces] == ["i", "i", "\u20ac", "\u20ac", "\ufffd"]
+    arrival.at(Client(), "a\ud800b").refused(Unavailable("c\udfffd"))
+    assert (sink.traces[-1].request_id, sink.traces[-1].error) == ("a?b", "c?d")
+    arrival.at(Client(), "\u20ac" * 256).refused(Unavailable("\u20ac"))
+    assert (sink.traces[-1].request_id, sink.traces[-1].error) == ("\u20ac" * 256, "\u20ac")
+
+
+@gates.drive
 async def test_off_again_is_as_before(clock):
     gate, model, _ = gates.make(clock)
     execute = gate._execute
