@@ -7,6 +7,7 @@ start servers of their own: an idle one costs a third of a core.
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
-from tests.serve import repository
+from tests.serve import raw, repository
 from tests.serve.clients import infer, rows
 from tests.serve.server import Server, manta_serve, wait_for
 
@@ -172,10 +173,23 @@ def router(server: Server) -> psutil.Process:
     return psutil.Process(pid)
 
 
+@pytest.fixture(scope="session")
+def slow_clients(server: Server) -> Iterator[list[socket.socket]]:
+    """Each has begun a request, in turn its head and its body, and goes no further."""
+    begun = (b"POST /v2/models/mlp/infer HTTP/1.1\r\nHost:", raw.head("Content-Length: 9") + b"{")
+    clients = [raw.connect(server) for _ in range(8)]
+    for number, client in enumerate(clients):
+        client.sendall(begun[number % 2])
+    yield clients
+    for client in clients:
+        client.close()
+
+
 @pytest.fixture
 def unharmed(
     server: Server,
     router: psutil.Process,
+    slow_clients: list[socket.socket],
     http: httpclient.InferenceServerClient,
     grpc: grpcclient.InferenceServerClient,
 ) -> Iterator[None]:

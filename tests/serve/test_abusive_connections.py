@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -16,8 +15,6 @@ from tests.serve.raw import LENGTH, LIMIT, MIB, SENT, ask, body, connect, head, 
 from tests.serve.server import Server, wait_for
 
 pytestmark = pytest.mark.usefixtures("unharmed")
-
-SLOW = 8  # clients
 
 
 # --- bodies --------------------------------------------------------------------------------------
@@ -164,17 +161,6 @@ def test_a_client_that_has_no_more_to_say_is_let_go(server: Server) -> None:
 
 
 # --- the slow ones, which all others above have waited beside ------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def slow_clients(server: Server) -> Iterator[list[socket.socket]]:
-    begun = (b"POST /v2/models/mlp/infer HTTP/1.1\r\nHost:", head("Content-Length: 100") + b"{")
-    clients = [connect(server) for _ in range(SLOW)]
-    for number, client in enumerate(clients):
-        client.sendall(begun[number % 2])
-    yield clients
-    for client in clients:
-        client.close()
 
 
 def test_slow_clients_are_let_go(slow_clients: list[socket.socket]) -> None:
