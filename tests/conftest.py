@@ -17,11 +17,21 @@ import torch
 
 from tests import kinds, models
 
+# Files of tests/serve that start what they ask; all others share one server.
+OWN_SERVERS = frozenset(
+    f"tests/serve/test_{name}.py"
+    for name in (
+        "cloud failures leaks logging metrics nodes paths placement polling restricted scaling"
+        " serve_run soak_mixed spans traces_of_routers update"
+    ).split()
+)
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests go to one worker, since they share its fixtures; and all that drive servers go
-    to the same one, in their order: a server and its clients fill two cores."""
+    """A file's tests go to one worker, since they share its fixtures. Of those that drive servers
+    the ones with the shared server go to one worker, in their order, and the others to another: no
+    more than two servers with their clients run at a time."""
     from xdist.scheduler import LoadScopeScheduling
 
     scheduler = LoadScopeScheduling(config, log)
@@ -31,7 +41,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def scope(file: str) -> str:
     """What runs together with this file of tests; `file` is relative to the project's root."""
-    return "serve" if file.startswith("tests/serve/") else file
+    if not file.startswith("tests/serve/"):
+        return file
+    return "own servers" if file in OWN_SERVERS else "shared server"
 
 
 def pytest_collection_finish() -> None:

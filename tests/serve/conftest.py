@@ -16,6 +16,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
+from tests.conftest import OWN_SERVERS
 from tests.serve import raw, repository
 from tests.serve.clients import infer, rows
 from tests.serve.server import Server, manta_serve, wait_for
@@ -43,6 +44,9 @@ _SHARED = pytest.StashKey[Server]()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     users = {item.path for item in items if _uses_server(item)}
+    confused = {path.name for path in users if f"tests/serve/{path.name}" in OWN_SERVERS}
+    if confused:
+        raise pytest.UsageError(f"{confused} use the shared server: not for OWN_SERVERS")
 
     def turn(item: pytest.Item) -> int:
         if HERE not in item.path.parents:
