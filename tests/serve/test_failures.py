@@ -154,7 +154,7 @@ def test_when_all_replicas_die_what_is_queued_waits_for_the_replacement(
     assert not load.lost()
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["http", pytest.param("grpc", marks=pytest.mark.long)])
 def test_a_hung_instance_is_replaced_and_its_request_answered(
     own: Server, tell: Any, protocol: str
 ) -> None:
@@ -204,6 +204,7 @@ def test_a_killed_controller_stops_nobody_and_comes_back(own: Server, tell: Any)
     client.close()
 
 
+@pytest.mark.long
 def test_a_killed_fork_server_stops_nobody_and_the_next_replica_starts(
     own: Server, tell: Any
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_changed_configuration_loses_nothing_and_keeps_the_models(
         assert after[model] - count == load.codes(model=model)["ok"]
 
 
+@pytest.mark.long
 def test_a_configuration_that_is_refused_changes_nothing(cluster: Cluster) -> None:
     old = routers(cluster, 1)
     with running(cluster, TARGETS) as load:
@@ -108,6 +109,7 @@ def test_a_configuration_that_is_refused_changes_nothing(cluster: Cluster) -> No
     assert set(cluster.replica_pids("manta:Router")) == old
 
 
+@pytest.mark.long
 def test_a_configuration_that_cannot_be_served_leaves_the_old_router_serving(
     cluster: Cluster, record_property: Any
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_configuration_that_cannot_be_served_leaves_the_old_router_serving(
     assert replicas(cluster) == kept
 
 
+@pytest.mark.long
 def test_a_router_that_cannot_have_its_port_leaves_the_old_one_serving(
     cluster: Cluster, record_property: Any
 ) -> None:
@@ -148,6 +151,7 @@ def test_a_router_that_cannot_have_its_port_leaves_the_old_one_serving(
     assert replicas(cluster) == kept
 
 
+@pytest.mark.long
 def test_a_router_more_and_a_router_less_lose_nothing(
     cluster: Cluster, record_property: Any
 ) -> None:
