@@ -257,9 +257,9 @@ class Router:
                 case "ready":
                     return inference.model_ready(*args)
                 case "load":
-                    return await inference.load(*args)
+                    return await inference.administration.load(*args)
                 case "unload":
-                    return await inference.unload(*args)
+                    return await inference.administration.unload(*args)
         except MantaError as error:
             return error
         return Internal(f"unknown verb '{verb}'")
