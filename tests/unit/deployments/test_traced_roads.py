@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,7 +161,8 @@ def test_a_collector_that_never_answers_costs_no_request_and_no_more_than_its_qu
                 head, _ = await client.ask(binary(ALL, ROW))
                 assert b" 200 " in head
             assert next(server.gates["linear"].tracer.numbers) == 201  # all of them were traced
-            assert 0 < len(sink._processor._batch_processor._queue) <= 16
+            processor: Any = sink._processor
+            assert 0 < len(processor._batch_processor._queue) <= 16
             server.gates["linear"].trace(None)
             await asyncio.to_thread(sink.close, 0.2)
 
