@@ -23,7 +23,7 @@ from configs import grpc_options, stores
 from configs.errors import ConfigError
 from configs.server import ServerSettings
 
-from .flags import FlagError, parse, warnings
+from .flags import FlagError, parse, trace_entry, warnings
 from .foreground import START_POLL_S, say, show
 from .usage import usage
 
@@ -108,7 +108,7 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
         folders["log_file"] = settings.log_file
         if not os.access(os.path.dirname(os.path.abspath(settings.log_file)), os.W_OK):
             raise FlagError(f"log file '{settings.log_file}' cannot be written there")
-    traces = tuple(map(_trace_entry, settings.trace_config))
+    traces = tuple(map(trace_entry, settings.trace_config))
     absolute = {name: os.path.abspath(folder) for name, folder in folders.items() if folder}
     repositories = tuple(
         path if stores.is_remote(path) else os.path.abspath(path)
@@ -116,17 +116,6 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
     )
     update = {"model_repository": repositories, "trace_config": traces, **absolute}
     return settings.model_copy(update=update)
-
-
-def _trace_entry(entry: str) -> str:
-    """With an absolute path, if it has one."""
-    key, _, path = entry.partition("=")
-    if key != "triton,file" or not path:
-        return entry
-    path = os.path.abspath(path)
-    if not os.access(os.path.dirname(path), os.W_OK):
-        raise FlagError(f"trace file '{path}' cannot be written there")
-    return f"{key}={path}"
 
 
 def _first_reason(error: Exception) -> str:

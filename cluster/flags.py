@@ -4,6 +4,7 @@ meaning here, and which are refused by name. Called by `cli`; the words of --hel
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -286,6 +287,18 @@ def warnings(arguments: Sequence[str]) -> list[str]:
     """A line for each option that has no meaning here, once, however often it is given."""
     names = dict.fromkeys(name for name, _ in _pairs(arguments) if name in MEANINGLESS)
     return [f"--{name} has no effect: {MEANINGLESS[name]}" for name in names]
+
+
+def trace_entry(entry: str) -> str:
+    """One of --trace-config's, its path absolute if it has one. Raises FlagError for a path where
+    nothing can be written."""
+    key, _, path = entry.partition("=")
+    if key != "triton,file" or not path:
+        return entry
+    path = os.path.abspath(path)
+    if not os.access(os.path.dirname(path), os.W_OK):
+        raise FlagError(f"trace file '{path}' cannot be written there")
+    return f"{key}={path}"
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -271,6 +271,7 @@ class Controller:
 
     async def log_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Changed, known to all Routers, as they are now. Replicas hear of it within a second."""
+        await self._gather_settings()
         if changes:
             await self._log_as(changed(self._catalogue.log, changes))
             await self._followers.reach(self._catalogue.sequence)
@@ -285,6 +286,7 @@ class Controller:
     async def trace_settings(self, model: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The same for traces, of one model or, for "", of all."""
         config = tracing.parse(self._settings.trace_config)
+        await self._gather_settings()
         if changes:
             before = self._catalogue.trace
             await self._trace_as(trace_settings.changed(config, before, model, changes))
@@ -295,6 +297,12 @@ class Controller:
         if changes.changed_ns > self._catalogue.trace.changed_ns:
             self._catalogue.trace = changes
             await self._announce()
+
+    async def _gather_settings(self) -> None:
+        """Each push brings along those that a Router has heard of. A Controller that has just
+        begun has none, and a change of one setting would bring all others back to the start's."""
+        self._check_started()
+        await self._gather_counts()
 
     def _check_started(self) -> None:
         """Counters that begin at zero would seem to go backwards until adoption is over."""

@@ -252,29 +252,29 @@ def arrived(tracer: Tracer, metadata: Any) -> Arrival:
 
 
 async def _model_statistics(request: Any, inference: Inference) -> Any:
-    statistics = await inference.statistics(request.name, request.version)
+    statistics = await inference.administration.statistics(request.name, request.version)
     return json_format.ParseDict(statistics, pb.ModelStatisticsResponse())
 
 
 async def _repository_index(request: Any, inference: Inference) -> Any:
     _check_repository(request)
-    return pb.RepositoryIndexResponse(models=await inference.index(request.ready))
+    return pb.RepositoryIndexResponse(models=await inference.administration.index(request.ready))
 
 
 async def _repository_model_load(request: Any, inference: Inference) -> Any:
     _check_repository(request)
-    await inference.load(request.model_name, _repository_parameters(request))
+    await inference.administration.load(request.model_name, _repository_parameters(request))
     return pb.RepositoryModelLoadResponse()
 
 
 async def _repository_model_unload(request: Any, inference: Inference) -> Any:
     _check_repository(request)
-    await inference.unload(request.model_name, _repository_parameters(request))
+    await inference.administration.unload(request.model_name, _repository_parameters(request))
     return pb.RepositoryModelUnloadResponse()
 
 
 async def _log_settings(request: Any, inference: Inference) -> Any:
-    shown = await inference.log_settings(log_settings.from_proto(request.settings))
+    shown = await inference.administration.log_settings(log_settings.from_proto(request.settings))
     reply = pb.LogSettingsResponse()
     for name, field in log_settings.FIELDS.items():
         setattr(reply.settings[name], field, shown[name])
@@ -284,7 +284,8 @@ async def _log_settings(request: Any, inference: Inference) -> Any:
 async def _trace_setting(request: Any, inference: Inference) -> Any:
     changes = trace_settings.from_proto(request.settings)
     reply = pb.TraceSettingResponse()
-    for name, shown in (await inference.trace_settings(request.model_name, changes)).items():
+    settings = await inference.administration.trace_settings(request.model_name, changes)
+    for name, shown in settings.items():
         reply.settings[name].value.extend([shown] if isinstance(shown, str) else shown)
     return reply
 

@@ -245,25 +245,25 @@ class HttpApp:
         return _json(pbtxt.to_json(self.inference.model_config(*_target(request))))
 
     async def statistics(self, request: Request) -> Response:
-        return _json(await self.inference.statistics(*_target(request)))
+        return _json(await self.inference.administration.statistics(*_target(request)))
 
     async def index(self, request: Request) -> Response:
         ready = (await self._document(request)).get("ready", False)
         if not isinstance(ready, bool):
             raise InvalidArgument("Invalid value for 'ready': expected a boolean")
-        return _json(await self.inference.index(ready))
+        return _json(await self.inference.administration.index(ready))
 
     async def load(self, request: Request) -> Response:
         given = await self._parameters(request)
         # Megabytes of base64 would hold up everybody else here.
         decode = http_repository.load_parameters
         parameters = await asyncio.to_thread(decode, given) if given else {}
-        await self.inference.load(request.path_params["model"], parameters)
+        await self.inference.administration.load(request.path_params["model"], parameters)
         return Response(status_code=200)
 
     async def unload(self, request: Request) -> Response:
         parameters = await self._parameters(request)
-        await self.inference.unload(request.path_params["model"], parameters)
+        await self.inference.administration.unload(request.path_params["model"], parameters)
         return Response(status_code=200)
 
     async def memory_status(self, request: Request) -> Response:
@@ -283,19 +283,20 @@ class HttpApp:
     async def logging(self, request: Request) -> Response:
         document = await self._document(request) if request.method == "POST" else {}
         changes = log_settings.from_json(document)
-        return _json(await self.inference.log_settings(changes))
+        return _json(await self.inference.administration.log_settings(changes))
 
     async def trace(self, request: Request) -> Response:
         document = await self._document(request) if request.method == "POST" else {}
         changes = trace_settings.from_json(document)
-        return _json(await self.inference.trace_settings(_target(request)[0], changes))
+        model, _ = _target(request)
+        return _json(await self.inference.administration.trace_settings(model, changes))
 
     async def metrics(self, request: Request) -> Response:
         if not self._settings.allow_metrics:
             raise HTTPException(404)
         if request.method != "GET":  # Starlette lets HEAD in with it
             raise MethodNotAllowed()
-        return Response(await self.inference.metrics(), media_type="text/plain")
+        return Response(await self.inference.administration.metrics(), media_type="text/plain")
 
     async def healthz(self, request: Request) -> Response:
         self.inference.live()

@@ -1,7 +1,8 @@
 """The protocol's verbs, free of any protocol: what HTTP and gRPC both answer, decided once.
 
-Owns who may be answered and when; a version's own rules are its `Contract`. Reads the directory,
-hands admitted work to the version's gate and control verbs to the Controller. Called by the edges.
+Owns who may be answered and when; a version's own rules are its `Contract`. Reads the directory and
+hands admitted work to the version's gate. Verbs that ask the Controller are its `administration`'s.
+Called by the edges.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 from configs import dtypes
 from configs.model import ModelConfig, ModelInput, ModelOutput
 from configs.server import ServerSettings
 
-from . import extras, index, overrides
+from . import extras
+from .administration import Administration, Control, Versions
 from .contract import Work
 from .directory import Served
 from .errors import (
     AlreadyExists,
     Cancelled,
     Code,
-    ControlDisabled,
     Internal,
     InvalidArgument,
     MantaError,
@@ -36,10 +37,9 @@ from .errors import (
     UnknownError,
     Unsupported,
 )
-from .names import check_model_name
 from .regions import DISABLED, Regions
 from .tracing import Arrival
-from .types import InferRequest, InferResponse, ModelState, Snapshot
+from .types import InferRequest, InferResponse
 
 # Only what is done here: a client may ask for whatever this list names.
 EXTENSIONS = (
@@ -68,21 +68,6 @@ _PLAIN: Mapping[Code, type[MantaError]] = {
 }
 
 
-class Versions(Protocol):
-    """The directory, as the verbs see it."""
-
-    def find(self, name: str, version: str) -> Served: ...
-
-    def snapshot(self) -> Snapshot: ...
-
-
-class Control(Protocol):
-    """The Controller: `load` and `unload` (name, parameters), `statistics` (name, version),
-    `on_disk`, `metrics`, `log_settings` (changes), `trace_settings` (model, changes)."""
-
-    async def call(self, verb: str, *args: Any) -> Any: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """A request that waits for its batch. Cancelling `future` withdraws it.
@@ -99,8 +84,8 @@ class Ticket:
 class Inference:
     def __init__(self, versions: Versions, control: Control, settings: ServerSettings) -> None:
         self._versions = versions
-        self._control = control
         self.settings = settings
+        self.administration = Administration(versions, control, settings)
         self._leaving = False
         self._regions = Regions(COPIED_BODIES * settings.max_body_bytes)
 
@@ -112,8 +97,7 @@ class Inference:
 
     def check_open(self) -> None:
         """Once the whole server ends, new work is refused; what was accepted is answered."""
-        if self._versions.snapshot().closing:
-            raise ShuttingDown()
+        self.administration.check_open()
 
     def live(self) -> bool:
         self.check_open()
@@ -152,7 +136,7 @@ class Inference:
         config = self._versions.find(name, version).config
         return {
             "name": name,
-            "versions": [version] if version else self._ready_versions(name),
+            "versions": [version] if version else self.administration.ready_versions(name),
             "platform": config.platform or config.backend,
             "inputs": [_tensor_metadata(config, entry) for entry in config.input],
             "outputs": [_tensor_metadata(config, entry) for entry in config.output],
@@ -267,81 +251,6 @@ class Inference:
         if not self.settings.allow_client_shm:
             raise Unsupported(DISABLED)
         return self._regions
-
-    # --- statistics and control ------------------------------------------------------------------
-
-    async def statistics(self, name: str, version: str) -> dict[str, Any]:
-        """Of one model, of one of its versions, or with "" of every ready model."""
-        if name:
-            self._check_counted(name, version)
-        asked = (name, version) if name else ("", "")
-        return {"model_stats": await self._control.call("statistics", *asked)}
-
-    async def metrics(self) -> str:
-        text: str = await self._control.call("metrics")
-        return text
-
-    async def log_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """As they are after the changes, by the names that clients know."""
-        shown: dict[str, Any] = await self._control.call("log_settings", dict(changes))
-        return shown
-
-    async def trace_settings(self, model: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Of one model or, for "", of all: as they are after the changes."""
-        if model:
-            try:
-                self._versions.find(model, "")
-            except (NotFound, Unavailable, InvalidArgument):
-                raise InvalidArgument(f"Request for unknown model : {model[:256]}") from None
-        shown: dict[str, Any] = await self._control.call("trace_settings", model, dict(changes))
-        return shown
-
-    async def index(self, ready_only: bool) -> list[dict[str, str]]:
-        """What the repository holds: only the name of a model that was never touched."""
-        on_disk = None
-        if not ready_only:
-            with contextlib.suppress(MantaError):  # without a Controller, what is known has to do
-                on_disk = await self._control.call("on_disk")
-        return index.entries(self._versions.snapshot().versions, on_disk, ready_only)
-
-    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """`parameters`: `config` as text, `file:<path>` as bytes."""
-        self._check_control()
-        check_model_name(name)
-        overrides.check(name, parameters, self.settings)
-        await self._control.call("load", name, dict(parameters))
-
-    async def unload(self, name: str, parameters: Mapping[str, Any]) -> None:
-        self._check_control()
-        for key, value in parameters.items():
-            if key != "unload_dependents":
-                raise InvalidArgument(f"unrecognized unload parameter '{key}'")
-            if not isinstance(value, bool):
-                raise InvalidArgument("invalid value for 'unload_dependents': expected a boolean")
-        check_model_name(name)
-        await self._control.call("unload", name, dict(parameters))
-
-    def _check_control(self) -> None:
-        self.check_open()
-        if self.settings.model_control_mode != "explicit":
-            raise ControlDisabled()
-
-    def _check_counted(self, name: str, version: str) -> None:
-        try:
-            self._versions.find(name, version)
-        except (NotFound, Unavailable):
-            if version and self._ready_versions(name):
-                raise InvalidArgument(
-                    f"requested model version is not available for model '{name}'"
-                ) from None
-            raise InvalidArgument(f"requested model '{name}' is not available") from None
-
-    def _ready_versions(self, name: str) -> list[str]:
-        return [
-            str(each.version)
-            for each in self._versions.snapshot().versions
-            if each.model_name == name and each.state is ModelState.READY
-        ]
 
 
 def told(request_id: str, error: MantaError) -> MantaError:

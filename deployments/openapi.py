@@ -1,7 +1,8 @@
 """/openapi.json: the HTTP routes, and the infer calls of what is loaded, as OpenAPI 3.1.
 
 Puts the document together: routes from `http_routes`, what they take and answer from
-`openapi_operations`, schemas from `openapi_schemas`, models from `inference`. Called by `http`.
+`openapi_operations`, schemas from `openapi_schemas` and `openapi_settings`, models from
+`inference`. Called by `http`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from urllib.parse import quote
 
 from configs.model import ModelConfig
 
-from . import openapi_schemas
+from . import openapi_schemas, openapi_settings
 from .documents import Document, document
 from .http_infer import dump_json
 from .http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
@@ -85,7 +86,7 @@ def describe(inference: Inference, loaded: Iterable[Loaded]) -> Schema:
     for method, path, operation in routes():
         item = paths.setdefault(path, _item(path))
         item[method.lower()] = _operation(_id(method, path), method, path, operation)
-    schemas = dict(SCHEMAS)
+    schemas = {**SCHEMAS, **openapi_settings.SCHEMAS}
     for operation_id, path, operation in _models(inference, loaded, schemas):
         paths[path] = {"post": _operation(operation_id, "POST", path, operation)}
     return {

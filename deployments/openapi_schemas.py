@@ -1,6 +1,7 @@
 """JSON schemas of what goes over HTTP: of the protocol as such, and of one model's infer call.
 
-A model's schema says what its metadata says: names, datatypes, shapes. Pure. Read by `openapi`.
+A model's schema says what its metadata says: names, datatypes, shapes. Pure. Read by `openapi`, and
+by `openapi_settings`, which has those of what can be changed.
 """
 
 from __future__ import annotations
@@ -35,11 +36,9 @@ def record(required: Sequence[str] = (), /, **properties: Schema) -> Schema:
     return {**schema, "required": list(required)} if required else schema
 
 
-_TEXT: Schema = {"type": "string"}
-_CLEARED: Schema = {"type": ["string", "null"]}
-_TRACE_LEVEL: Schema = {"type": "string", "enum": ["OFF", "TIMESTAMPS", "TENSORS"]}
-_FLAG: Schema = {"type": "boolean"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
 _SIZE: Schema = {"type": "integer", "minimum": -1}
 _DATATYPE: Schema = {"type": "string", "enum": [each.wire for each in dtypes.DATATYPES]}
 _PARAMETERS: Schema = {
@@ -52,55 +51,55 @@ _DATA: Schema = listed(
 )
 _INPUT_PARAMETERS: Schema = {
     **record(
-        binary_data_size={**_COUNT, "description": "Bytes of this tensor behind the JSON."},
-        shared_memory_region=_TEXT,
-        shared_memory_byte_size=_COUNT,
-        shared_memory_offset=_COUNT,
+        binary_data_size={**COUNT, "description": "Bytes of this tensor behind the JSON."},
+        shared_memory_region=TEXT,
+        shared_memory_byte_size=COUNT,
+        shared_memory_offset=COUNT,
     ),
     "additionalProperties": True,
 }
 _OUTPUT_PARAMETERS: Schema = {
     **record(
-        binary_data={**_FLAG, "description": "Send this tensor behind the JSON."},
-        classification={**_COUNT, "description": "Send so many best classes instead."},
-        shared_memory_region=_TEXT,
-        shared_memory_byte_size=_COUNT,
-        shared_memory_offset=_COUNT,
+        binary_data={**FLAG, "description": "Send this tensor behind the JSON."},
+        classification={**COUNT, "description": "Send so many best classes instead."},
+        shared_memory_region=TEXT,
+        shared_memory_byte_size=COUNT,
+        shared_memory_offset=COUNT,
     ),
     "additionalProperties": True,
 }
 _SENT_PARAMETERS: Schema = {
-    **record(binary_data_size={**_COUNT, "description": "Bytes of this tensor behind the JSON."}),
+    **record(binary_data_size={**COUNT, "description": "Bytes of this tensor behind the JSON."}),
     "additionalProperties": True,
 }
-_NOT_YET: Schema = {**_COUNT, "maximum": 0, "description": "Not supported: other than 0 is 501."}
+_NOT_YET: Schema = {**COUNT, "maximum": 0, "description": "Not supported: other than 0 is 501."}
 _REQUEST_PARAMETERS: Schema = {
     **_PARAMETERS,
     "properties": {
-        "binary_data_output": {**_FLAG, "description": "Send all outputs behind the JSON."},
+        "binary_data_output": {**FLAG, "description": "Send all outputs behind the JSON."},
         "priority": _NOT_YET,
         "timeout": _NOT_YET,
     },
 }
-_DURATION: Schema = record(("count", "ns"), count=_COUNT, ns=_COUNT)
+_DURATION: Schema = record(("count", "ns"), count=COUNT, ns=COUNT)
 _TENSOR_METADATA: Schema = record(
     ("name", "datatype", "shape"),
-    name=_TEXT,
+    name=TEXT,
     datatype=_DATATYPE,
     shape=listed(_SIZE, description="-1 is any size; the first is the batch's where there is one."),
 )
 _MODEL_STATISTICS: Schema = record(
     ("name", "version"),
-    name=_TEXT,
-    version=_TEXT,
-    last_inference={**_COUNT, "description": "Milliseconds since 1970."},
-    inference_count=_COUNT,
-    execution_count=_COUNT,
+    name=TEXT,
+    version=TEXT,
+    last_inference={**COUNT, "description": "Milliseconds since 1970."},
+    inference_count=COUNT,
+    execution_count=COUNT,
     inference_stats={"type": "object", "additionalProperties": _DURATION},
     batch_stats=listed(
         record(
             ("batch_size",),
-            batch_size=_COUNT,
+            batch_size=COUNT,
             compute_input=_DURATION,
             compute_infer=_DURATION,
             compute_output=_DURATION,
@@ -110,24 +109,24 @@ _MODEL_STATISTICS: Schema = record(
     memory_usage=listed({"type": "object"}),
 )
 _LOAD_PARAMETERS: Schema = {
-    **record(config={**_TEXT, "description": "A ModelConfig as JSON text."}),
-    "patternProperties": {"^file:": {**_TEXT, "description": "The bytes of a file, in base64."}},
+    **record(config={**TEXT, "description": "A ModelConfig as JSON text."}),
+    "patternProperties": {"^file:": {**TEXT, "description": "The bytes of a file, in base64."}},
     "additionalProperties": True,
 }
 
 SCHEMAS: Mapping[str, Schema] = {
-    "Error": record(("error",), error=_TEXT),
-    "Text": _TEXT,
-    "OpenApi": record(("openapi", "info", "paths"), openapi=_TEXT, info={}, paths={}),
-    "ServeRoutes": {"type": "object", "additionalProperties": _TEXT},
+    "Error": record(("error",), error=TEXT),
+    "Text": TEXT,
+    "OpenApi": record(("openapi", "info", "paths"), openapi=TEXT, info={}, paths={}),
+    "ServeRoutes": {"type": "object", "additionalProperties": TEXT},
     "ServerMetadata": record(
-        ("name", "version", "extensions"), name=_TEXT, version=_TEXT, extensions=listed(_TEXT)
+        ("name", "version", "extensions"), name=TEXT, version=TEXT, extensions=listed(TEXT)
     ),
     "ModelMetadata": record(
         ("name", "versions", "platform", "inputs", "outputs"),
-        name=_TEXT,
-        versions=listed(_TEXT),
-        platform=_TEXT,
+        name=TEXT,
+        versions=listed(TEXT),
+        platform=TEXT,
         inputs=listed(_TENSOR_METADATA),
         outputs=listed(_TENSOR_METADATA),
     ),
@@ -136,22 +135,22 @@ SCHEMAS: Mapping[str, Schema] = {
         "description": "Triton's ModelConfig: its proto's names, with numbers as numbers.",
     },
     "Statistics": record(("model_stats",), model_stats=listed(_MODEL_STATISTICS)),
-    "RepositoryIndexRequest": record(ready={**_FLAG, "description": "Only what is READY."}),
+    "RepositoryIndexRequest": record(ready={**FLAG, "description": "Only what is READY."}),
     "RepositoryIndex": listed(
         record(
             ("name",),
-            name=_TEXT,
-            version=_TEXT,
+            name=TEXT,
+            version=TEXT,
             state={
                 "type": "string",
                 "enum": ["UNKNOWN", "LOADING", "READY", "UNLOADING", "UNAVAILABLE"],
             },
-            reason=_TEXT,
+            reason=TEXT,
         )
     ),
     "RepositoryModelLoadRequest": record(parameters=_LOAD_PARAMETERS),
     "RepositoryModelUnloadRequest": record(
-        parameters={**record(unload_dependents=_FLAG), "additionalProperties": True}
+        parameters={**record(unload_dependents=FLAG), "additionalProperties": True}
     ),
     "GenerateRequest": {
         "type": "object",
@@ -159,77 +158,48 @@ SCHEMAS: Mapping[str, Schema] = {
         "parameter of the request.",
     },
     "GenerateResponse": {
-        **record(("model_name", "model_version"), model_name=_TEXT, model_version=_TEXT),
+        **record(("model_name", "model_version"), model_name=TEXT, model_version=TEXT),
         "description": "Outputs by name, each a value or an array of values.",
     },
     "SharedMemoryStatus": listed(
-        record(("name", "byte_size"), name=_TEXT, key=_TEXT, offset=_COUNT, byte_size=_COUNT)
+        record(("name", "byte_size"), name=TEXT, key=TEXT, offset=COUNT, byte_size=COUNT)
     ),
     "SharedMemoryRegisterRequest": record(
         ("byte_size",),
-        key={**_TEXT, "description": "Of system shared memory."},
-        offset=_COUNT,
-        byte_size=_COUNT,
-        raw_handle={**record(b64=_TEXT), "description": "Of CUDA memory."},
-        device_id=_COUNT,
+        key={**TEXT, "description": "Of system shared memory."},
+        offset=COUNT,
+        byte_size=COUNT,
+        raw_handle={**record(b64=TEXT), "description": "Of CUDA memory."},
+        device_id=COUNT,
     ),
-    "LogSettings": record(
-        log_file=_TEXT,
-        log_info=_FLAG,
-        log_warning=_FLAG,
-        log_error=_FLAG,
-        log_verbose_level=_COUNT,
-        log_format={"type": "string", "enum": ["default", "ISO8601", "json"]},
-    ),
-    "TraceSettings": record(
-        trace_level=listed(_TRACE_LEVEL),
-        trace_rate={**_TEXT, "description": "A number: one of so many requests is traced."},
-        trace_count={**_TEXT, "description": "A number: so many at most, -1 for all."},
-        log_frequency={**_TEXT, "description": "A number: so many traces per file, 0 for all."},
-        trace_file={**_TEXT, "description": "Its name."},
-        trace_mode={"type": "string", "enum": ["triton", "opentelemetry"]},
-    ),
-    "TraceChanges": {
-        **record(
-            trace_level={
-                "type": ["array", "null"],
-                "items": _TRACE_LEVEL,
-                "description": "OFF stands alone.",
-            },
-            trace_rate=_CLEARED,
-            trace_count=_CLEARED,
-            log_frequency=_CLEARED,
-        ),
-        "description": "null brings back what holds for all models, or what the server began with.",
-    },
     "InferRequest": record(
         ("inputs",),
-        id=_TEXT,
+        id=TEXT,
         parameters=_REQUEST_PARAMETERS,
         inputs=listed(
             record(
                 ("name", "datatype", "shape"),
-                name=_TEXT,
+                name=TEXT,
                 datatype=_DATATYPE,
-                shape=listed(_COUNT),
+                shape=listed(COUNT),
                 parameters=_INPUT_PARAMETERS,
                 data=_DATA,
             )
         ),
-        outputs=listed(record(("name",), name=_TEXT, parameters=_OUTPUT_PARAMETERS)),
+        outputs=listed(record(("name",), name=TEXT, parameters=_OUTPUT_PARAMETERS)),
     ),
     "InferResponse": record(
         ("model_name", "model_version", "outputs"),
-        id=_TEXT,
-        model_name=_TEXT,
-        model_version=_TEXT,
+        id=TEXT,
+        model_name=TEXT,
+        model_version=TEXT,
         parameters=_PARAMETERS,
         outputs=listed(
             record(
                 ("name", "datatype", "shape"),
-                name=_TEXT,
+                name=TEXT,
                 datatype=_DATATYPE,
-                shape=listed(_COUNT),
+                shape=listed(COUNT),
                 parameters=_SENT_PARAMETERS,
                 data=_DATA,
             )
@@ -251,7 +221,7 @@ def request(config: ModelConfig, inputs: Sequence[Entry], outputs: Sequence[Entr
     names = [entry["name"] for entry in outputs]
     schema = record(
         ("inputs",),
-        id=_TEXT,
+        id=TEXT,
         parameters=_REQUEST_PARAMETERS,
         inputs=listed(
             {"anyOf": tensors},
@@ -274,7 +244,7 @@ def response(name: str, version: str, outputs: Sequence[Entry]) -> Schema:
     """The answer to it, as JSON; sizes that only the model knows are any."""
     return record(
         ("model_name", "model_version", "outputs"),
-        id=_TEXT,
+        id=TEXT,
         model_name={"const": name},
         model_version={"const": version},
         parameters=_PARAMETERS,
@@ -288,7 +258,7 @@ def response(name: str, version: str, outputs: Sequence[Entry]) -> Schema:
 def _tensor(entry: Entry, max_batch_size: int, parameters: Schema, more: Schema) -> Schema:
     """`x-shape` is the metadata's own; `prefixItems` say the same for validators."""
     shape, datatype = list(entry["shape"]), entry["datatype"]
-    sizes: list[Schema] = [_COUNT if size < 0 else {"const": size} for size in shape]
+    sizes: list[Schema] = [COUNT if size < 0 else {"const": size} for size in shape]
     if max_batch_size:
         sizes[0] = {"type": "integer", "minimum": 1, "maximum": max_batch_size}
     schema = record(
@@ -322,9 +292,9 @@ def _one_source(entry: Entry) -> Schema:
 def _element(datatype: str) -> Schema:
     kind = dtypes.from_wire(datatype).numpy
     if kind is None:
-        return _TEXT
+        return TEXT
     if kind[1] == "b":
-        return _FLAG
+        return FLAG
     if kind[1] == "f":
         return {"type": "number"}
     bits = 8 * int(kind[2:])

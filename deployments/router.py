@@ -226,13 +226,11 @@ class Router:
         """The Control seam of `inference`."""
         if verb == "metrics":
             return await self._metrics()
-        if verb == "log_settings":
-            return await self._ask(lambda: self._controller.log_settings.remote(*args), ANSWER_S)
-        if verb == "trace_settings":
-            return await self._ask(lambda: self._controller.trace_settings.remote(*args), ANSWER_S)
-        if verb == "statistics":
+        if verb in ("statistics", "log_settings", "trace_settings"):
+            # A Controller that has just begun knows what Routers tell it, settings as well.
             await self._ask(self._ledger.flush, ANSWER_S)
-            return await self._ask(lambda: self._controller.statistics.remote(*args), ANSWER_S)
+            ask = getattr(self._controller, verb).remote
+            return await self._ask(lambda: ask(*args), ANSWER_S)
         if verb == "on_disk":
             return await self._ask(lambda: self._controller.on_disk.remote(), ANSWER_S)
         tries = self._settings.model_load_retry_count + 1
@@ -259,9 +257,9 @@ class Router:
                 case "ready":
                     return inference.model_ready(*args)
                 case "load":
-                    return await inference.load(*args)
+                    return await inference.administration.load(*args)
                 case "unload":
-                    return await inference.unload(*args)
+                    return await inference.administration.unload(*args)
         except MantaError as error:
             return error
         return Internal(f"unknown verb '{verb}'")
@@ -308,10 +306,10 @@ class Router:
         finally:
             for task in tasks:
                 task.cancel()
-            with contextlib.suppress(Exception):
-                await self._tracers.aclose()
             with contextlib.suppress(Exception):  # the Controller may be on its way out, too
                 await asyncio.wait_for(self._ledger.flush(), FLUSH_S)
+            with contextlib.suppress(Exception):  # last: a collector may be mute
+                await self._tracers.aclose()
             self._log.detach()
 
 

@@ -270,22 +270,29 @@ def test_what_is_announced_is_in_the_file_and_on_the_terminal(logged: Logged) ->
 
 
 def test_settings_outlive_the_controller(logged: Logged, http: Any) -> None:
-    wanted = http.update_log_settings({"log_info": False, "log_verbose_level": 1})
+    """Also the first change that a new one makes leaves the others as they were."""
+    logs = http.update_log_settings({"log_info": False, "log_verbose_level": 1})
     traces = http.update_trace_settings(None, {"trace_rate": "5"})
     (controller,) = logged.server.replica_pids("manta:Controller")
     os.kill(controller, signal.SIGKILL)
+    address = f"http://{logged.server.http}/v2"
 
-    def again() -> bool:
-        now = logged.server.replica_pids("manta:Controller")
-        if now in ([], [controller]):
-            return False
-        reply = logged.server.get("/v2/logging")
-        if reply.status_code != 200 or reply.json() != wanted:
-            return False
-        return bool(logged.server.get("/v2/trace/setting").json() == traces)
+    def first(path: str, change: dict[str, Any]) -> Any:
+        """What the new Controller says as soon as it says anything."""
 
-    wait_for(again, 90, "the new Controller has them")
-    assert http.update_trace_settings(None, {"trace_rate": None})["trace_rate"] == "1000"
+        def answer() -> Any:
+            if logged.server.replica_pids("manta:Controller") in ([], [controller]):
+                return None
+            reply = httpx.post(f"{address}/{path}", json=change, timeout=30)
+            assert reply.status_code in (200, 503)
+            return reply.json() if reply.status_code == 200 else None
+
+        return wait_for(answer, 90, "the new Controller answers")
+
+    assert first("trace/setting", {"trace_count": "7"}) == {**traces, "trace_count": "7"}
+    assert first("logging", {"log_warning": False}) == {**logs, "log_warning": False}
+    http.update_trace_settings(None, {"trace_rate": None, "trace_count": None})
+    http.update_log_settings({"log_warning": True})
     wait_for(logged.server.ready, 60, "the server is ready")
     assert httpx.get(f"http://{logged.server.http}/v2/models/later_nobody").status_code == 404
     logged.wait(lambda line: "later_nobody" in line, "its lines are in the same file")

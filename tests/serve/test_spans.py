@@ -119,10 +119,8 @@ def test_requests_do_not_need_a_collector_and_a_server_ends_without(
     spanned: Server, collector: Collector
 ) -> None:
     collector.close()
-    before = len(collector.spans)
     for _ in range(3):
         asyncio.run(ask(spanned, "http"))
-    assert len(collector.spans) == before
     told = "does not take them"
     wait_for(lambda: told in spanned.output(), 40, "that spans are lost is told")
     assert spanned.output().count(told) == 1

@@ -8,7 +8,6 @@ import pytest
 
 from deployments.errors import (
     Code,
-    ControlDisabled,
     InvalidArgument,
     MantaError,
     NotFound,
@@ -18,7 +17,7 @@ from deployments.errors import (
 )
 from deployments.inference import EXTENSIONS
 from deployments.tensors import decode_bytes, encode_bytes
-from deployments.types import InferRequest, ModelState, RequestedOutput, Tensor
+from deployments.types import InferRequest, RequestedOutput, Tensor
 
 from .serving import Server, linear
 
@@ -405,56 +404,6 @@ def test_while_closing_everything_new_is_refused():
             verb()
 
 
-def test_index():
-    server = Server()
-    server.versions = [
-        server.version("linear", 1),
-        server.version("gone", 2, ModelState.UNAVAILABLE, "unloaded"),
-        server.version("broken", 0, ModelState.UNAVAILABLE, "config.pbtxt: line 3"),
-        server.version("untouched", 0, ModelState.UNKNOWN),
-    ]
-    server.publish()
-    ready = {"name": "linear", "version": "1", "state": "READY"}
-    assert asyncio.run(server.inference.index(False)) == [
-        {"name": "broken", "state": "UNAVAILABLE", "reason": "config.pbtxt: line 3"},
-        {"name": "gone", "version": "2", "state": "UNAVAILABLE", "reason": "unloaded"},
-        ready,
-        {"name": "untouched"},
-    ]
-    assert asyncio.run(server.inference.index(True)) == [ready]
-
-
-def test_control_is_off_unless_explicit(server):
-    for verb in (server.inference.load, server.inference.unload):
-        with pytest.raises(ControlDisabled):
-            asyncio.run(verb("linear", {}))
-    assert server.controller.calls == []
-
-
-def test_control_reaches_the_controller():
-    server = Server(model_control_mode="explicit", allow_file_override=True)
-    given = {"config": "{}", "file:1/model.pt": b"x"}
-    asyncio.run(server.inference.load("linear", {}))
-    asyncio.run(server.inference.load("linear", given))
-    asyncio.run(server.inference.unload("linear", {"unload_dependents": True}))
-    assert server.controller.calls == [
-        ("load", "linear", {}),
-        ("load", "linear", given),
-        ("unload", "linear", {"unload_dependents": True}),
-    ]
-    for verb, parameters in (
-        (server.inference.load, {"config": 1}),
-        (server.inference.load, {"file:1/model.pt": b""}),
-        (server.inference.load, {"config": "{}", "file:../x": b""}),
-        (server.inference.load, {"x": 1}),
-        (server.inference.unload, {"x": 1}),
-        (server.inference.unload, {"unload_dependents": 1}),
-    ):
-        with pytest.raises(MantaError):
-            asyncio.run(verb("linear", parameters))
-    assert len(server.controller.calls) == 3
-
-
 TRAVERSAL = ["..", "../x", "a/../b", "/etc/passwd", "m/", " .. ", "", " ", "%2e%2e%2f", "a\r\nb"]
 
 
@@ -465,38 +414,15 @@ def test_a_name_that_can_be_no_models_is_refused_by_every_verb(name):
     for verb in (inference.model_ready, inference.model_metadata, inference.model_config):
         with pytest.raises(InvalidArgument, match="(?i)^model name must|^model name cannot"):
             verb(name, "")
-    for change in (inference.load, inference.unload):
+    for change in (inference.administration.load, inference.administration.unload):
         with pytest.raises(InvalidArgument, match="(?i)^model name"):
             asyncio.run(change(name, {}))
     with pytest.raises(InvalidArgument, match="(?i)model name"):
         infer(server, name, X)
     if name:  # without one, all are meant
         with pytest.raises(InvalidArgument):
-            asyncio.run(inference.statistics(name, ""))
+            asyncio.run(inference.administration.statistics(name, ""))
     assert server.controller.calls == []
-
-
-def test_in_poll_mode_clients_have_no_control():
-    server = Server(model_control_mode="poll")
-    for verb in (server.inference.load, server.inference.unload):
-        with pytest.raises(ControlDisabled) as caught:
-            asyncio.run(verb("linear", {}))
-    assert str(caught.value) == (
-        "explicit model load / unload is not allowed if polling is enabled"
-    )
-
-
-def test_statistics(server):
-    report = asyncio.run(server.inference.statistics("linear", "1"))
-    assert report["model_stats"][0]["name"] == "linear"
-    with pytest.raises(InvalidArgument, match="^requested model 'x' is not available$"):
-        asyncio.run(server.inference.statistics("x", ""))
-    with pytest.raises(
-        InvalidArgument, match="^requested model version is not available for model 'linear'$"
-    ):
-        asyncio.run(server.inference.statistics("linear", "9"))
-    asyncio.run(server.inference.statistics("", "9"))  # of all, whatever the version
-    assert server.controller.calls[-1] == ("statistics", "", "")
 
 
 def test_config_of_a_model_that_is_not_there(server):

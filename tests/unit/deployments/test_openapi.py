@@ -11,16 +11,18 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from configs.model import ModelConfig, ModelInput
+from deployments import openapi_schemas, openapi_settings
 from deployments.http_routes import MODEL, MODEL_ROUTES, ROUTES, UNSUPPORTED
 from deployments.openapi import STATUSES, OpenApi
 from deployments.openapi_operations import COMMON, OPERATIONS, TAGS
-from deployments.openapi_schemas import SCHEMAS, request
+from deployments.openapi_schemas import request
 from deployments.types import ModelState
 
 from .serving import LocalGate, Server, config, echo, tensor
 
 X = [[1.0, -2.0, 3.0, 0.5]]
 JSON = "application/json"
+SCHEMAS = {**openapi_schemas.SCHEMAS, **openapi_settings.SCHEMAS}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from configs import tracing as configured
 from deployments.grpc_stubs import service_pb2 as pb
 from deployments.grpc_stubs import service_pb2_grpc
-from deployments.spans import Spans
+from deployments.spans import Spans, otlp
 from deployments.traced_tensors import described
 from deployments.tracing import Sampler, Tracer
 from deployments.types import TraceSettings
@@ -139,6 +142,29 @@ def test_what_a_lane_remembers_of_a_head_outlives_the_settings():
                 server.gates["linear"].trace(None)
             await client.ask(data)
         check(memory, [5], [""], "HTTP_")
+
+    lanes.run(use)
+
+
+def test_a_collector_that_never_answers_costs_no_request_and_no_more_than_its_queue():
+    async def use(server):
+        with socket.socket() as mute:
+            mute.bind(("127.0.0.1", 0))
+            mute.listen()  # it connects whoever comes, and reads nothing
+            entries = ["mode=opentelemetry", "opentelemetry,bsp_max_queue_size=16"]
+            entries += ["opentelemetry,bsp_max_export_batch_size=4"]
+            entries += [f"opentelemetry,url=http://127.0.0.1:{mute.getsockname()[1]}/"]
+            sink = otlp(configured.parse(entries))
+            traced(server, sink, rate=1)
+            client = await server.connect()
+            for _ in range(200):
+                head, _ = await client.ask(binary(ALL, ROW))
+                assert b" 200 " in head
+            assert next(server.gates["linear"].tracer.numbers) == 201  # all of them were traced
+            processor: Any = sink._processor
+            assert 0 < len(processor._batch_processor._queue) <= 16
+            server.gates["linear"].trace(None)
+            await asyncio.to_thread(sink.close, 0.2)
 
     lanes.run(use)
 
