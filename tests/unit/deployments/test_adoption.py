@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import pytest
 
@@ -25,7 +26,7 @@ class Bench:
     what is remembered of some."""
 
     def __init__(
-        self, live: dict[str, int], started: set[str] = frozenset(), known: set[str] = frozenset()
+        self, live: dict[str, int], started: Collection[str] = (), known: Collection[str] = ()
     ) -> None:
         self._live, self._started, self._known = live, started, known
         self.catalogue = Catalogue(epoch=1)
@@ -74,7 +75,7 @@ def test_one_that_lost_all_replicas_is_adopted_by_what_is_remembered(
 ) -> None:
     """Its new replicas load, and what waits for it in Routers must not fail."""
     monkeypatch.setattr(adoption, "ADOPTION_S", 3600.0)
-    bench = Bench({"lost": 2}, set(), {"lost"})
+    bench = Bench({"lost": 2}, (), {"lost"})
     assert asyncio.run(asyncio.wait_for(bench.adopt(), 30)) == []
     assert bench.served() == {"lost": 0}
     assert not bench.catalogue.ready(strict=True)
