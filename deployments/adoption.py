@@ -11,8 +11,9 @@ import logging
 import pickle
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from configs.autoscaling import Autoscaling
 from configs.model import ModelConfig
@@ -25,11 +26,20 @@ from .types import ModelState, Override, ReplicaReport
 logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.1
-# Routers serve on meanwhile, and what waits for a model without replicas goes on waiting, which it
-# would not if the model were loaded anew. Where a node took the Controller and all replicas of a
-# model, new ones are loading now; and where it was lost without a word, replicas wait for an answer
-# of the Controller before for a while (`replica.HEARTBEAT_S` * 10).
-ADOPTION_S = 45.0
+# Routers serve on meanwhile, as they did before. Longer than a replica waits for an answer of the
+# Controller before (`replica.HEARTBEAT_S` * 10): a node that is lost without a word leaves calls to
+# it open.
+ADOPTION_S = 12.0
+
+
+class Serve(Protocol):
+    """What is asked of Ray Serve: `applications`."""
+
+    def live(self) -> dict[str, dict[str, int]]: ...
+
+    def started(self) -> Collection[str]: ...
+
+    def recall(self, name: str) -> bytes | None: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class _Facts:
 
 
 def facts(generation: Generation) -> bytes:
-    """For `applications.remember`, before the last replica goes."""
+    """For `applications.remember`, before the last replica goes because nobody asks."""
     return pickle.dumps(
         _Facts(
             generation.config,
@@ -54,10 +64,21 @@ def facts(generation: Generation) -> bytes:
     )
 
 
+def lasting_facts(generation: Generation) -> bytes:
+    """The same for one that serves, should it lose its replicas and the Controller at once: a new
+    Controller then keeps what waits for it. It is not ready before it has a replica again."""
+    return facts(replace(generation, autoscaling={}))
+
+
 class Adoption:
     def __init__(
-        self, catalogue: Catalogue, overrides: Overrides, tell: Callable[[str], None]
+        self,
+        catalogue: Catalogue,
+        overrides: Overrides,
+        tell: Callable[[str], None],
+        serve: Serve = applications,
     ) -> None:
+        self._serve = serve
         self._catalogue = catalogue
         self._overrides = overrides
         self._tell = tell
@@ -71,7 +92,7 @@ class Adoption:
     async def adopt(self) -> tuple[list[str], dict[str, str]]:
         """The applications that run, newest first, and those that nobody can use, with the folder
         of their files. Such a folder is held until it is released."""
-        running = await asyncio.to_thread(applications.live)
+        running = await asyncio.to_thread(self._serve.live)
         await self._await_strays(running)
         for name in running:
             await self._take(name, running[name])
@@ -85,10 +106,13 @@ class Adoption:
         return list(running), left_over
 
     async def _await_strays(self, running: Mapping[str, Mapping[str, int]]) -> None:
-        """Replicas report every second; give those of running applications time to be heard of."""
-        deadline_s = time.monotonic() + ADOPTION_S
-        awaited = [name for name, replicas in running.items() if any(replicas.values())]
-        while time.monotonic() < deadline_s and not all(self._strays[name] for name in awaited):
+        """Replicas report every second; give those that run time to be heard of. Not what still
+        loads: there is no telling how long that takes."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + ADOPTION_S
+        started = await asyncio.to_thread(self._serve.started)
+        awaited = [name for name in running if name in started]
+        while loop.time() < deadline_s and not all(self._strays[name] for name in awaited):
             await asyncio.sleep(POLL_S)
 
     def _folder(self, application: str) -> str:
@@ -129,7 +153,7 @@ class Adoption:
         if reports:
             first = reports[0]
             return _Facts(first.config, first.fingerprint, first.override, {})
-        kept = await asyncio.to_thread(applications.recall, application)
+        kept = await asyncio.to_thread(self._serve.recall, application)
         try:
             return None if kept is None else pickle.loads(kept)
         except Exception:  # written by another version of this code: it is loaded anew

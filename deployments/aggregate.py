@@ -102,8 +102,11 @@ class Aggregator:
         for key, gone, sequence, totals in delta.legacy.shares:
             self._count(key, gone, sequence, totals)
             self._gone.add(gone)
-        if delta.legacy.shares or router_id in self._gone:
-            self._gone.discard(router_id)  # it was only silent
+        if router_id in self._gone:  # it was only silent
+            self._gone.discard(router_id)
+            self._tell_again(router_id)
+            self._inherit()
+        elif delta.legacy.shares:
             self._inherit()
         if delta.sequence > self._gauges.get(router_id, _NOTHING).sequence:
             self._gauges[router_id] = _Gauges(
@@ -134,6 +137,13 @@ class Aggregator:
                 if share.change > heard and other != router_id and other not in self._gone
             ),
         )
+
+    def _tell_again(self, router_id: str) -> None:
+        """Others have kept what it counted with the legacy, and do so no longer."""
+        self._changes += 1
+        for by_router in self._shares.values():
+            if router_id in by_router:
+                by_router[router_id].change = self._changes
 
     def _inherit(self) -> None:
         """What Routers that are gone have counted is another than before."""

@@ -14,7 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from configs.placement import GroupPlacement
 from configs.server import ServerSettings
 
-from . import forkclient
+from . import draining, forkclient
 from .client import LeastLoaded
 from .controller import Controller
 from .replica import ModelReplica
@@ -104,7 +104,7 @@ def _model_deployment(
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         logging_config=LOGGING,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=settings.exit_timeout_s,
+        graceful_shutdown_timeout_s=draining.grace_s(settings),
     )
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger("ray.serve")
 PREFIX = "manta"
 GPU_RESOURCE = "manta_gpu_"
 SCALE_S = 30.0
+_NOT_LOADED = frozenset({"STARTING", "STOPPING", "STOPPED"})
 # Serve registers modules with cloudpickle for the time of a call, in a table of the whole process:
 # two of its calls at once trip over each other (2.60: "not registered for pickle by value").
 _SERVE_CALLS = threading.Lock()
@@ -132,6 +133,17 @@ def live() -> dict[str, dict[str, int]]:
         if is_model(name) and status.status != "DELETING"
     }
     return {name: found[name] for name in sorted(found, key=_generation_of, reverse=True)}
+
+
+def started() -> set[str]:
+    """Those of our model applications that have a replica which has been loaded."""
+    return {
+        name
+        for name, status in _applications().items()
+        if is_model(name)
+        for one in status.deployments.values()
+        if any(count for state, count in one.replica_states.items() if state not in _NOT_LOADED)
+    }
 
 
 def _generation_of(name: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.server import ServerSettings
 
-from . import applications
+from . import applications, draining
 from .catalogue import Version
 from .errors import MantaError
 from .followers import Followers
@@ -69,7 +69,7 @@ class Departures:
         deadline_s = time.monotonic() + limit_s
         while time.monotonic() < deadline_s and self._followers.use(application, sequence):
             await asyncio.sleep(POLL_S)
-        await self._delete(application, settings.exit_timeout_s + DRAIN_MARGIN_S)
+        await self._delete(application, draining.grace_s(settings) + DRAIN_MARGIN_S)
         if version is not None and version.current is None and version.loading is None:
             if version.state is ModelState.UNLOADING:
                 version.state, version.reason = ModelState.UNAVAILABLE, "unloaded"

@@ -43,6 +43,7 @@ logger = logging.getLogger("ray.serve")  # Serve writes this one to the replica'
 T = TypeVar("T")
 State = Literal["loading", "idle", "running", "stopped"]
 
+# How long a caller waits for the thread to end.
 _JOIN_S = 5.0
 # How long answers may take to leave when the instance closes.
 _FLUSH_S = 1.0
@@ -129,7 +130,8 @@ class Instance:
         self._post(self._load).result()
 
     def close(self) -> None:
-        """What was submitted is answered first. Doing it twice is doing it once."""
+        """What was submitted is answered first, but a caller waits for that only so long
+        (`draining` does). Doing it twice is doing it once."""
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -208,6 +210,11 @@ class Instance:
         """Routers are told to send no more; what they have sent is answered."""
         self.slots.drain()
         self._post(lambda: None)
+
+    @property
+    def connected(self) -> bool:
+        """Whether any Router is there to hear its answers."""
+        return self._poller is not None and self._poller.connected
 
     # --- the thread ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 from configs.server import ServerSettings
 
 from . import applications, overrides
-from .adoption import Adoption
+from .adoption import Adoption, lasting_facts
 from .applications import BindModel
 from .arrivals import Arrivals, counts, scalings
 from .catalogue import Catalogue, Generation, Version
@@ -291,6 +291,13 @@ class Lifecycle:
             version.state, version.reason = ModelState.UNAVAILABLE, reason
         return reason
 
+    async def _remember(self, generation: Generation) -> None:
+        try:
+            kept = lasting_facts(generation)
+            await asyncio.to_thread(applications.remember, generation.application, kept)
+        except Exception as error:  # it serves all the same
+            logger.warning("%s is not remembered: %s", generation.application, error)
+
     async def _keep(self, current: Generation, plan: Plan) -> str | None:
         """What serves is what is wanted, but for how many there are of it and for what concerns
         other versions: "", why not, or None where that takes a new generation."""
@@ -331,6 +338,7 @@ class Lifecycle:
         version.load_duration_s = time.monotonic() - started_s
         self._arrivals.tell_loaded(plan, generation, version.load_duration_s)
         await self._announce()
+        await self._remember(generation)
         if old is not None:
             sequence = self._catalogue.sequence
             self._departures.leave(old.application, old.folder, sequence=sequence)

@@ -305,6 +305,8 @@ class Places:
         if seat.left:
             await channel.aclose()
             return
+        if isinstance(seat.place, ServePlace):
+            seat.place.leave()
         seat.task, seat.channel = None, channel
         seat.place = LocalPlace(channel, self._changed)
         self._rebuild()

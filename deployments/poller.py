@@ -7,6 +7,7 @@ asks for the `next` piece of work and does it. Knows no frames (`desk`) and no m
 from __future__ import annotations
 
 import contextlib
+import select
 import selectors
 import socket
 import threading
@@ -44,7 +45,7 @@ class Connection(Protocol):
 
 
 class Poller:
-    """`post` may be called on any thread, everything else on the instance's."""
+    """`post` and `connected` may be called on any thread, everything else on the instance's."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
@@ -71,6 +72,17 @@ class Poller:
                 self._rung = True
                 with contextlib.suppress(BlockingIOError):
                     self._ringer.send(b"\0")
+
+    @property
+    def connected(self) -> bool:
+        """Whether any peer is still there; also while the instance's thread is busy, and has not
+        read that they are gone."""
+        wait, known = select.poll(), 0
+        for connection in list(self._connections):
+            with contextlib.suppress(ValueError):  # closed just now
+                wait.register(connection.fileno(), 0)  # tells of the end alone
+                known += 1
+        return known > len(wait.poll(0))
 
     def next(self) -> Work | None:
         """Blocks until there is something to do. None: it is over."""

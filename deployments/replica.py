@@ -25,7 +25,7 @@ from configs.complete import runtime_kind
 from configs.errors import ConfigError
 from configs.parameters import log_lines, parse_parameters
 
-from . import warmup
+from . import draining, warmup
 from .doorway import Doorway
 from .errors import MantaError
 from .logs import Tap
@@ -307,7 +307,8 @@ class ModelReplica:
     # --- the end ---------------------------------------------------------------------------------
 
     async def __del__(self) -> None:
-        """Serve calls this once no request is ongoing; the process ends afterwards."""
+        """Serve calls this once no request of its own is ongoing, and kills the process afterwards,
+        or after `draining.grace_s`."""
         self._draining = True
         doorway = getattr(self, "_doorway", None)
         if doorway is not None:
@@ -315,12 +316,13 @@ class ModelReplica:
         for instance in self._instances:
             instance.drain()
         heart = getattr(self, "_heart", None)
-        if heart is not None:
-            heart.cancel()
+        if heart is not None:  # it goes on: it tells whoever has not heard, and ends what hangs
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._tell(), HEARTBEAT_S)
-        for instance in self._instances:
-            await asyncio.to_thread(instance.close)
+        await draining.answered(self._instances, self._spec.max_execution_s)
+        if heart is not None:
+            heart.cancel()
+        await asyncio.gather(*(asyncio.to_thread(one.close) for one in self._instances))
 
 
 class _LoadLog(logging.Handler):

@@ -326,11 +326,13 @@ class Recorder:
             for key, totals in self._sent.versions:
                 if key in self._counters:
                     self._known[key] = totals.settled
-            if legacy is not None:
-                self._legacy = legacy
             if peers is not None:
                 self._heard = peers.number
                 self._peers |= {(share[0], share[1]): share for share in peers.shares}
+            if legacy is not None:
+                self._legacy = legacy
+                for key, gone, _, _ in legacy.shares:  # which it has whole: no peer's any more
+                    self._peers.pop((key, gone), None)
 
     def resend(self) -> None:
         """The Controller is new and knows nothing: the next delta holds everything."""

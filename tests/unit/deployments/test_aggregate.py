@@ -416,3 +416,38 @@ def test_what_is_unloaded_is_not_kept_of_the_others_either():
     tell(aggregator, dead, 3, "dead")
     assert tell(aggregator, alive, 2) == []
     assert not alive._peers
+
+
+def test_a_router_that_is_gone_is_kept_once():
+    """By the legacy, with whatever it told last; its peers' share of it would only grow old."""
+    aggregator, dead, alive = two_that_live()
+    two_in_a_batch(dead.counters(KEY))
+    tell(aggregator, dead, 3, "dead")
+    aggregator.retire("dead")
+    assert alive._peers
+    tell(aggregator, alive, 2)
+    assert not alive._peers
+    alive.resend()
+    after = Aggregator()
+    after.open(KEY, 0)
+    tell(after, alive, 3)
+    assert reported(after)["inference_count"] == 8
+    tell(after, alive, 4)
+    assert [share[1] for share in alive._legacy.shares] == ["dead"] and not alive._peers
+
+
+def test_a_router_that_was_only_silent_is_a_peer_again():
+    """Although it has counted nothing since."""
+    aggregator, dead, alive = two_that_live()
+    dead.acknowledge(2)
+    aggregator.retire("dead")
+    tell(aggregator, alive, 2)
+    tell(aggregator, dead, 3, "dead")
+    tell(aggregator, alive, 3)
+    assert not alive._legacy.shares
+    assert [place[1] for place in alive._peers] == ["dead"]
+    alive.resend()
+    after = Aggregator()
+    after.open(KEY, 0)
+    tell(after, alive, 4)
+    assert reported(after)["inference_count"] == 6

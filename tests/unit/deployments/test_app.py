@@ -18,6 +18,11 @@ def options(kind: str, fork_server: bool, logical_gpus: bool = False) -> dict[st
     settings = ServerSettings(
         environment={"OMP_NUM_THREADS": "3"}, fork_server=fork_server, logical_gpus=logical_gpus
     )
+    found: dict[str, Any] = deployment(settings, kind).ray_actor_options
+    return found
+
+
+def deployment(settings: ServerSettings, kind: str = "KIND_CPU") -> Any:
     placement = GroupPlacement(
         deployment="m_0",
         kind=kind,
@@ -29,8 +34,14 @@ def options(kind: str, fork_server: bool, logical_gpus: bool = False) -> dict[st
         resources={},
     )
     spec: Any = type("Spec", (), {"deployment": "m_0"})()
-    found: dict[str, Any] = app._model_deployment(spec, placement, settings).ray_actor_options
-    return found
+    return app._model_deployment(spec, placement, settings)
+
+
+def test_serve_gives_a_replica_the_time_for_all_that_its_instances_may_have() -> None:
+    made = deployment(ServerSettings(max_execution_s=70, exit_timeout_s=5))
+    assert made._deployment_config.graceful_shutdown_timeout_s > 2 * 70
+    made = deployment(ServerSettings(max_execution_s=1, exit_timeout_s=50))
+    assert made._deployment_config.graceful_shutdown_timeout_s > 50
 
 
 def test_cpu_replicas_are_forks_with_the_environment_of_the_server() -> None:

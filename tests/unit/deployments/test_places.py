@@ -54,6 +54,7 @@ class Handle:
         self._reach = reach
 
     async def execute(self, batch):
+        self._reach.asked += 1
         if self.name in self._reach.ended:
             raise ReplicaLost("m")
         return BatchReply((), refused=self.name in self._reach.others)
@@ -72,6 +73,7 @@ class Reach:
         self.ended = set()
         self.others = set()
         self.attempts = 0
+        self.asked = 0
         self.closed = False
 
     def is_local(self, endpoint):
@@ -311,6 +313,25 @@ async def test_one_in_doubt_that_leaves_is_asked_no_more(places, reach, calls):
     places.follow([])
     await settle()
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@drive
+async def test_one_in_doubt_whose_channel_comes_about_is_asked_no_more(places, reach, calls):
+    reach.broken.add("a")
+    places.follow([target(here("a"))])
+    await settle()
+    reach.ended.add("group/a")
+    with pytest.raises(ReplicaLost):
+        await places.idle().execute(BATCH)
+    asked = reach.asked
+    await asyncio.sleep(LOST_S * 2.5)
+    assert reach.asked == asked + 2 and names(places) == []
+    reach.broken.clear()
+    await asyncio.sleep(RECONNECT_S * 1.5)
+    assert names(places) == ["LocalPlace"]
+    asked = reach.asked
+    await asyncio.sleep(LOST_S * 3)
+    assert reach.asked == asked
 
 
 @drive

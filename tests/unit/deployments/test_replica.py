@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 
 from configs.model import ModelWarmup, WarmupInput
+from deployments import instance as instances
 from deployments import replica, warmup
 from deployments.types import Batch, BatchReply, Part, ReplicaSpec
 from tests import models
 
-from .channels import batch_of, drive, place, rows
+from .channels import Place, batch_of, drive, place, rows, until
 
 SPEC = ReplicaSpec(
     controller_application="manta",
@@ -103,18 +105,20 @@ def test_logical_gpus_and_cpu_groups_leave_the_devices_alone() -> None:
         assert replica._device(spec) == "cpu"
 
 
+HOLDS = (
+    "import threading\nimport torch\nGO_ON = threading.Event()\n"
+    "class Net(torch.nn.Module):\n    def forward(self, x):\n"
+    "        assert GO_ON.wait(10)\n        return x"
+)
+
+
 def go_on(instance) -> None:
     sys.modules[type(instance._runtime.module).__module__].GO_ON.set()
 
 
 @drive
 async def test_a_batch_goes_where_least_is_done_and_is_refused_when_its_turn_does_not_come():
-    source = (
-        "import threading\nimport torch\nGO_ON = threading.Event()\n"
-        "class Net(torch.nn.Module):\n    def forward(self, x):\n"
-        "        assert GO_ON.wait(10)\n        return x"
-    )
-    async with place(source) as first, place(source) as second:
+    async with place(HOLDS) as first, place(HOLDS) as second:
         both = [first.instance, second.instance]
         running = [asyncio.create_task(replica._run_on(both, batch_of(*rows(1)))) for _ in range(4)]
         await asyncio.sleep(0.05)
@@ -143,3 +147,66 @@ def test_unexpected_errors_tell_no_place_on_this_host() -> None:
     error = OSError("cannot open /srv/models/m/1/model.pt beside /usr/lib/python3/site.py")
     text = replica._without_paths(error, SPEC)
     assert "/srv" not in text and "/usr" not in text and "model.pt" in text
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def leaving(at: Place, max_execution_s: float = 30.0) -> asyncio.Task[None]:
+    """What Serve awaits before it kills the process."""
+    one: Any = types.SimpleNamespace(
+        _instances=[at.instance],
+        _doorway=at.door,
+        _spec=replace(SPEC, max_execution_s=max_execution_s),
+    )
+    return asyncio.create_task(replica.ModelReplica.__del__(one))
+
+
+@drive
+async def test_what_a_replica_has_by_a_connection_is_answered_before_it_ends(monkeypatch):
+    """However long it runs: longer here than a thread is waited for."""
+    monkeypatch.setattr(instances, "_JOIN_S", 0.0)
+    async with place(HOLDS) as at:
+        client = await at.connect()
+        replies = [client.execute(batch_of(*rows(1))) for _ in range(2)]
+        await until(lambda: at.instance.slots.held > 0)  # the other one may not be read yet
+        ending = leaving(at)
+        await asyncio.wait({ending}, timeout=0.3)
+        assert not ending.done()
+        go_on(at.instance)
+        assert not any([reply.refused for reply in await asyncio.gather(*replies)])
+        await until(lambda: not client.idle)  # it is told to send no more
+        await client.aclose()  # as a Router does that has heard of it
+        await ending
+
+
+@drive
+async def test_a_batch_that_comes_too_late_is_handed_back_or_answered(monkeypatch):
+    async with place(models.identity()) as at:
+        client = await at.connect()
+        ending = leaving(at)
+        replies = [await client.execute(batch_of(*rows(1))) for _ in range(3)]
+        assert len(replies) == 3 and client.open  # none is lost
+        await client.aclose()
+        await ending
+
+
+@pytest.mark.parametrize("why", ["its Router has ended", "it hangs"])
+@drive
+async def test_control_nobody_waits_for_what_nobody_asks_for_or_never_ends(monkeypatch, why):
+    monkeypatch.setattr(instances, "_JOIN_S", 0.0)
+    async with place(HOLDS) as at:
+        client = await at.connect()
+        reply = client.execute(batch_of(*rows(1)))
+        await until(lambda: at.instance.slots.held == 1)
+        if why == "it hangs":
+            await leaving(at, max_execution_s=0.05)
+        else:
+            ending = leaving(at)
+            await client.aclose()
+            await ending
+        assert at.instance.slots.held == 1
+        go_on(at.instance)
+        await asyncio.wait({reply})
+        await client.aclose()
+        reply.exception()
