@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -132,6 +132,12 @@ def live() -> dict[str, dict[str, int]]:
         if is_model(name) and status.status != "DELETING"
     }
     return {name: found[name] for name in sorted(found, key=_generation_of, reverse=True)}
+
+
+def staying(name: str, deployments: Iterable[str]) -> int:
+    """How many replicas of these deployments Serve has that it does not stop."""
+    counts = live().get(name, {})
+    return sum(counts.get(deployment, 0) for deployment in deployments)
 
 
 def _generation_of(name: str) -> int:
