@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -144,6 +144,12 @@ def started() -> set[str]:
         for one in status.deployments.values()
         if any(count for state, count in one.replica_states.items() if state not in _NOT_LOADED)
     }
+
+
+def staying(name: str, deployments: Iterable[str]) -> int:
+    """How many replicas of these deployments Serve has that it does not stop."""
+    counts = live().get(name, {})
+    return sum(counts.get(deployment, 0) for deployment in deployments)
 
 
 def _generation_of(name: str) -> int:

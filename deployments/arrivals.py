@@ -71,13 +71,13 @@ class Arrivals:
             await self._scale(generation, before)
         except Exception:
             logger.exception("application %s cannot be scaled", generation.application)
-            generation.replicas = before
+            generation.restore(before)
             return None
         reason = await self._until_complete(generation, plan)
         if reason:
-            wanted, generation.replicas = generation.replicas, before
+            generation.restore(before)
             with contextlib.suppress(Exception):  # the old ones serve, however many there are
-                await self._scale(generation, wanted)
+                await self._scale(generation, counts(plan))
             return reason
         groups = ", ".join(f"{name} x {count}" for name, count in generation.replicas.items())
         self._tell(f"model '{plan.found.name}' version {plan.number} is resized ({groups})")

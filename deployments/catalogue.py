@@ -96,6 +96,11 @@ class Generation:
         for name in self.leaving:
             del self.reports[name], self.seen_s[name]
 
+    def restore(self, replicas: Mapping[str, int]) -> None:
+        """How many there are to be, after all; where that is none, none is awaited."""
+        self.replicas = replicas
+        self.waking = self.waking and self.count > 0
+
     def adjust(self, planned: ModelConfig) -> bool:
         """Take over what may change while its replicas serve on; true if something has."""
         parameters = {k: v for k, v in self.config.parameters.items() if k != PARAMETER}

@@ -18,7 +18,7 @@ from configs.server import ServerSettings
 
 from .batcher import Batcher, Collect, serve_collect
 from .client import Origin, Reach
-from .errors import NoActiveInstance, NoReplica, Unavailable
+from .errors import NoActiveInstance, NoReplica, ShuttingDown, Unavailable
 from .gate import Gate
 from .places import Places
 from .scatter import Scatter
@@ -141,11 +141,14 @@ class Lines:
         """No new requests reach it; what it has is answered, then the Controller may delete it.
 
         What still waits goes to the line that takes over: the old replicas may be gone already.
+        Without one and without a replica it fails: none comes to what is unloaded.
         """
         line = self._lines.pop(application)
         for successor in self._lines.values():
             if successor.takes_over_from(line):
                 line.gate.hand_over(successor.gate)
+        if line.places.vacant:
+            line.gate.close(_unloaded(line))
         task = asyncio.get_running_loop().create_task(self._drain_line(application, line))
         self._draining[application] = task
 
@@ -156,13 +159,24 @@ class Lines:
                 line.gate.drain(), settings.max_queue_s + settings.max_execution_s
             )
         except asyncio.TimeoutError:
-            line.gate.close(Unavailable(f"model '{line.key.model}' was unloaded"))
+            line.gate.close(_unloaded(line))
         finally:
             await line.places.aclose()
             self._recorder.discard(line.key)
             self._draining.pop(application, None)
 
+    def give_up(self) -> None:
+        """The server ends, and nobody tells of new replicas: where there is none, what waits for
+        one fails."""
+        for line in self._lines.values():
+            if line.places.vacant:
+                line.gate.close(ShuttingDown())
+
     async def drain(self) -> None:
         """What was accepted is answered."""
         for line in self._lines.values():
             await line.gate.drain()
+
+
+def _unloaded(line: Line) -> Unavailable:
+    return Unavailable(f"model '{line.key.model}' was unloaded")

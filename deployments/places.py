@@ -215,6 +215,11 @@ class Places:
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
 
+    @property
+    def vacant(self) -> bool:
+        """Whether there is no live instance, reached or not."""
+        return not self._seats
+
     # --- asked by the Gate -----------------------------------------------------------------------
 
     def idle(self) -> Place | None:

@@ -59,6 +59,7 @@ class Router:
         self._settings = settings
         self._controller = controller
         self._router_id = context.replica_id.unique_id
+        self._application = context.app_name
         self._log = Tap(initial(settings))
         self._log.attach()
         self._directory = Directory()
@@ -294,8 +295,18 @@ class Router:
         self._http.leave()
         self._inference.leave()
         self.grpc_verbs.leave()
-        await self._listener.drain()
+        await asyncio.gather(self._listener.drain(), self._give_up())
         await self._lines.drain()
+
+    async def _give_up(self) -> None:
+        """The Controller goes with this Router, unless that only makes room for another one."""
+        ending = self._directory.snapshot().closing
+        if not ending:
+            with contextlib.suppress(Exception):  # Serve's controller may be restarting
+                question = asyncio.to_thread(applications.is_deleting, self._application)
+                ending = await asyncio.wait_for(question, ANSWER_S)
+        if ending:
+            self._lines.give_up()
 
     async def __del__(self) -> None:
         tasks = getattr(self, "_tasks", None)

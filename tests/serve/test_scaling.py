@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
+from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer_aio
 from tests.serve.server import Server, manta_serve, wait_for
@@ -32,6 +33,7 @@ BURST = {
 ZERO = {"min_count": 0, "max_count": 2, "downscale_delay_s": 1}
 TWO = "instance_group [ { kind: KIND_CPU count: 2 } ]\n"
 SECONDS = 0.05
+LONG_S = 7.0
 
 
 def scaled(**fields: Any) -> str:
@@ -195,6 +197,8 @@ def test_requests_that_come_just_when_the_last_replica_goes_are_answered(
     scaling: Server,
 ) -> None:
     """Pauses about as long as it takes to fall asleep."""
+    asleep = "model 'sleeper' version 1 is scaled from 1 to 0 ("
+    before = scaling.output().count(asleep)
 
     async def run() -> None:
         asked = {"s": np.full((1, 1), SECONDS, np.float32)}
@@ -204,7 +208,7 @@ def test_requests_that_come_just_when_the_last_replica_goes_are_answered(
                 await asyncio.sleep(1.0 + 0.15 * number)
 
     asyncio.run(run())
-    assert "version 1 is scaled from 1 to 0" in scaling.output()
+    assert scaling.output().count(asleep) > before
 
 
 def test_what_wakes_and_does_not_load_fails_its_requests_clearly(scaling: Server) -> None:
@@ -241,6 +245,51 @@ def test_new_bounds_are_taken_over_without_a_new_process(scaling: Server) -> Non
         assert burst.errors == [] and before <= set(burst.pids)
 
     asyncio.run(run())
+
+
+def test_a_long_request_outlives_the_replica_that_is_sent_away(scaling: Server) -> None:
+    """Both replicas are at work when one of them is too many."""
+    folder = scaling.repository / "long"
+
+    def write(most: int) -> None:
+        bounds = scaled(**{**BURST, "max_count": most, "downscale_delay_s": 300})
+        count = f"instance_group [ {{ kind: KIND_CPU count: {most} }} ]\n"
+        text = repository.config(
+            [repository.tensor("s", "1")],
+            [repository.tensor("t", "1")],
+            engine='backend: "pytorch"\nruntime: "model.py"',
+            max_batch_size=1,
+            more=count + bounds + repository.EAGER,
+        )
+        repository.write_config(scaling.repository, "long", text)
+
+    async def run(go: Callable[[], None]) -> None:
+        asked = {"s": np.full((1, 1), -1.0, np.float32)}
+        async with aio_client(scaling, "http") as client:
+            await client.load_model("long")
+            replies = [asyncio.create_task(infer_aio(client, "long", asked)) for _ in range(2)]
+            await asyncio.to_thread(
+                wait_for, lambda: len(repository.held(folder)) == 2, 60, "both hold a request"
+            )
+            write(1)
+            await client.load_model("long")
+            await asyncio.to_thread(
+                wait_for, lambda: processes(scaling, "long") == 1, 60, "one is sent away"
+            )
+            await asyncio.sleep(LONG_S)
+            assert [reply for reply in replies if reply.done()] == []
+            go()
+            for reply in await asyncio.gather(*replies):
+                assert reply.as_numpy("t")[0, 0] == -2.0
+            await client.unload_model("long")
+
+    models.save_eager(repository.SLOW, scaling.repository, "long")
+    write(2)
+    with repository.holding(folder) as go:
+        asyncio.run(run(go))
+    told = scaling.output()
+    assert "model 'long' version 1 is resized (" in told
+    assert told.count("model 'long' version 1 is READY after") == 1  # the same processes
 
 
 def test_another_controller_finds_a_model_at_zero_and_wakes_it(scaling: Server) -> None:

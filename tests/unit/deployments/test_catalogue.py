@@ -239,3 +239,14 @@ def test_bounds_are_taken_over_and_make_no_other_replica() -> None:
     assert one.adjust(config) and one.config.parameters == {"AUTOSCALING": '{"max_count": 2}'}
     assert one.note(report(), 0.0) and one.targets() == target("a")  # it has its spec's bounds
     assert one.adjust(CONFIG) and one.config == CONFIG
+
+
+def test_none_is_awaited_where_none_is_wanted_after_all() -> None:
+    one = generation(0)
+    one.autoscaling = {"m_0": Autoscaling(min_count=0, max_count=2)}
+    one.waking, one.replicas = one.resting, {"m_0": 1}
+    one.restore({"m_0": 0})
+    assert not one.waking and one.resting
+    one.waking, one.replicas = True, {"m_0": 2}
+    one.restore({"m_0": 1})
+    assert one.waking  # the first still is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from configs.autoscaling import Autoscaling
@@ -26,17 +26,30 @@ WAKE_S = 30.0
 
 
 class Serve:
-    """Takes what it is asked for; `down` deployments raise."""
+    """Takes what it is asked for, and acts on it at the next turn of its loop, unless that is
+    `stuck`. `down` deployments raise; those of `lost` do after they have taken it."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.remembered: list[str] = []
         self.down: set[str] = set()
+        self.lost: set[str] = set()
+        self.stuck = False
+        self.wanted: dict[str, int] = {}
+        self.running: dict[str, int] = {}
 
     def scale(self, name: str, deployment: str, count: int) -> None:
         if deployment in self.down:
             raise RuntimeError("the Serve controller is gone")
         self.calls.append((deployment, count))
+        self.wanted[deployment] = count
+        if deployment in self.lost:
+            raise TimeoutError("no answer")
+
+    def staying(self, name: str, deployments: Iterable[str]) -> int:
+        if not self.stuck:
+            self.running.update(self.wanted)
+        return sum(self.running[one] for one in deployments)
 
     def remember(self, name: str, facts: bytes) -> None:
         assert facts
@@ -46,12 +59,19 @@ class Serve:
 class Bench:
     """One version that serves with `count` instances on each of its deployments."""
 
-    def __init__(self, count: int = 1, deployments: int = 1, limits: Autoscaling = LIMITS) -> None:
+    def __init__(
+        self,
+        count: int = 1,
+        deployments: int = 1,
+        limits: Autoscaling = LIMITS,
+        stop_limit_s: float = 30.0,
+    ) -> None:
         self.serve = Serve()
         self.catalogue = Catalogue(epoch=1)
         self.catalogue.started = True
         self.version = self.catalogue.version("m", 1)
         names = [f"m_{k}" for k in range(deployments)]
+        self.serve.running = dict.fromkeys(names, count)
         self.generation = Generation("manta.m.1.7", CONFIG, "h", dict.fromkeys(names, count))
         self.generation.autoscaling = dict.fromkeys(names, limits)
         self.generation.settled = True
@@ -72,9 +92,12 @@ class Bench:
             self.told.append,
             WAKE_S,
             self.serve,
+            stop_limit_s,
         )
 
-    def report(self, replica: str, deployment: str = "m_0", error: str = "") -> None:
+    def report(
+        self, replica: str, deployment: str = "m_0", error: str = "", draining: bool = False
+    ) -> None:
         report = ReplicaReport(
             application="manta.m.1.7",
             deployment=deployment,
@@ -87,6 +110,7 @@ class Bench:
             config=CONFIG,
             error=error,
             loaded=not error,
+            draining=draining,
         )
         self.generation.note(report, 0.0)
 
@@ -144,6 +168,48 @@ async def test_to_zero_and_back() -> None:
     assert await bench.look(9, queued=1) == []
     bench.report("new")
     assert not bench.generation.resting and bench.generation.targets()[0].slots == 1
+
+
+@drive
+async def test_whoever_wakes_it_waits_until_serve_stops_what_it_had() -> None:
+    """Asked for one again before that, Serve would keep the one that is not heard any more."""
+    bench = Bench()
+    assert await bench.look(2) == []
+    bench.serve.stuck = True
+    bench.scaling.look(bench.now_s)
+    while not bench.generation.leaving:
+        await asyncio.sleep(0.01)
+    assert bench.generation.targets()[0].slots == 0  # Routers hear of it at once
+    bench.load = Load(queued=1)
+    bench.scaling.look(bench.now_s)
+    await asyncio.sleep(0.2)
+    assert bench.serve.calls == [("m_0", 0)] and bench.locks["m"].locked()
+    bench.serve.stuck = False
+    await asyncio.gather(*bench.scaling._tasks)
+    assert bench.serve.running == {"m_0": 0} and not bench.locks["m"].locked()
+    assert await bench.look(1, queued=1) == [("m_0", 1)]
+
+
+@drive
+async def test_a_replica_that_serve_keeps_serves_again() -> None:
+    bench = Bench(stop_limit_s=0.05)
+    bench.serve.stuck = True
+    assert await bench.look(3) == [("m_0", 0)]
+    assert bench.generation.resting and not bench.generation.reports
+    assert await bench.look(int(RETRY_S), queued=1) == [("m_0", 1)]
+    assert bench.serve.running == {"m_0": 1}  # the same as before
+    bench.report("m_0.0")
+    assert bench.generation.targets()[0].slots == 1 and not bench.generation.resting
+    assert await bench.look(9, running=1) == []
+
+
+@drive
+async def test_control_one_that_serve_has_stopped_is_not_heard_any_more() -> None:
+    bench = Bench()
+    assert await bench.look(3) == [("m_0", 0)]
+    assert await bench.look(1, queued=1) == [("m_0", 1)]
+    bench.report("m_0.0")
+    assert bench.generation.targets()[0].slots == 0 and bench.generation.resting
 
 
 @drive
@@ -229,6 +295,52 @@ async def test_a_call_that_fails_is_made_again_later() -> None:
     bench.serve.down.clear()
     assert await bench.look(int(RETRY_S) - 1, queued=5) == [] and bench.told == []
     assert await bench.look(3, queued=5) == [("m_0", 3)]
+
+
+@drive
+async def test_a_call_to_zero_whose_answer_is_lost_is_made_good_for_whoever_asks() -> None:
+    bench = Bench()
+    bench.serve.lost.add("m_0")
+    assert await bench.look(3) == [("m_0", 0)] and bench.generation.replicas == {"m_0": 1}
+    bench.serve.lost.clear()
+    bench.report("m_0.0", draining=True)  # Serve has taken it
+    assert await bench.look(int(RETRY_S) - 1, queued=1) == []
+    assert await bench.look(1, queued=1) == [("m_0", 1)]
+    assert bench.generation.waking and bench.told == []  # there is one, as before
+    assert await bench.look(9, queued=1) == []
+    bench.report("new")
+    assert not bench.generation.resting and bench.generation.targets()[0].slots == 1
+
+
+@drive
+async def test_a_call_whose_answer_is_lost_is_made_again_for_nobody_too() -> None:
+    bench = Bench()
+    bench.serve.lost.add("m_0")
+    await bench.look(3)
+    bench.serve.lost.clear()
+    assert await bench.look(int(RETRY_S)) == [("m_0", 0)]
+    assert bench.generation.resting and "is scaled from 1 to 0" in bench.told[0]
+    assert await bench.look(9) == []  # once
+
+
+@drive
+async def test_a_call_for_more_whose_answer_is_lost_takes_nobody_away() -> None:
+    bench = Bench()
+    bench.serve.lost.add("m_0")
+    assert await bench.look(2, queued=9) == [("m_0", 3)]
+    bench.serve.lost.clear()
+    assert await bench.look(int(RETRY_S), queued=9) == [("m_0", 3)]
+    assert bench.generation.replicas == {"m_0": 3}
+
+
+@drive
+async def test_what_is_asked_again_lies_within_new_bounds() -> None:
+    bench = Bench()
+    bench.serve.lost.add("m_0")
+    assert await bench.look(2, queued=9) == [("m_0", 3)]
+    bench.serve.lost.clear()
+    bench.generation.autoscaling = {"m_0": LIMITS.model_copy(update={"max_count": 2})}
+    assert await bench.look(int(RETRY_S) + 2, queued=9) == [("m_0", 2)]
 
 
 @drive
