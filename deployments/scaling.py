@@ -62,8 +62,8 @@ class _Scaled:
         self.asked = self.asked if self.asked is None else one.bounded(self.asked)
 
     def wanted(self, load: Load, count: int, now_s: float) -> int:
-        """As the policy says. What may or may not be there already decides where that is content
-        with `count`: while anything waits or runs the more of the two, and else the fewer."""
+        """As the policy says. Where that would leave `count` and Serve may have `asked`:
+        the more of the two while anything waits or runs, else the fewer."""
         wanted = self.autoscaler.wanted(load, count, now_s)
         if self.asked is None or wanted != count:
             return wanted
