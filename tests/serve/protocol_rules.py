@@ -67,12 +67,12 @@ def _without(*names: str) -> Callable[[Any], Any]:
 
 TOLERATED = (
     Tolerated(
-        "§1.13: raw_handle and device_id are of CUDA's regions; unknown members are ignored",
+        "§1.13: raw_handle and device_id are of CUDA's regions, and not read here",
         re.compile("/v2/systemsharedmemory/.*"),
         _without("raw_handle", "device_id"),
     ),
     Tolerated(
-        "§5.4: POST changes some settings; null changes none",
+        "§5.4: POST changes some of the settings; those with null are none of them",
         re.compile("/v2/logging"),
         lambda body: {key: value for key, value in body.items() if value is not None},
     ),
@@ -186,6 +186,8 @@ def _of_memory(asked: Asked) -> Sequence[int] | None:
         if region is None:
             return (200,)
         return (404,) if kind == "cuda" else (200, 404)
-    if kind == "cuda" or region is None:
+    if kind == "cuda":
         return (400,)
+    if region is None:
+        return (400, 500)  # there is no name, and a number of the document may be none of Triton's
     return None  # register: it depends on what is there

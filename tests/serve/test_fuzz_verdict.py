@@ -145,7 +145,7 @@ def test_control_a_body_that_is_wrong_and_taken_is_found(planted: Target) -> Non
 
 
 @pytest.mark.parametrize("twist", sorted({*TWISTS} - {"example"}))
-def test_control_each_twist_is_missed_by_who_takes_all(
+def test_control_each_twist_finds_who_takes_all(
     planted: Target, twist: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.serve.fuzz.TWISTS", (twist,))
