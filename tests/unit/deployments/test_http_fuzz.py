@@ -159,3 +159,25 @@ def test_control_good_bodies_are_answered(ask):
     for model in MODELS:
         reply = ask(model, json.dumps(good(model)).encode(), {})
         assert reply.status_code == 200, reply.text
+
+
+# What no server of ours may say: status, body.
+BAD = {
+    "a status that the table has not": (418, {"error": "teapot"}),
+    "another form": (400, {"detail": "no"}),
+    "a text that is too long": (400, {"error": "x" * 4096}),
+    "a traceback": (400, {"error": "Traceback (most recent call last):"}),
+    "a failure of its own": (500, {"error": "list index out of range"}),
+}
+
+
+@pytest.mark.parametrize(("status", "body"), BAD.values(), ids=BAD)
+def test_control_what_is_wrong_is_found(status, body):
+    with pytest.raises(AssertionError):
+        check(httpx.Response(status, json=body))
+
+
+def test_control_what_is_right_is_let_be():
+    check(httpx.Response(200, json={"outputs": []}))
+    check(httpx.Response(400, json={"error": "no such input"}))
+    check(httpx.Response(500, json={"error": "failed to parse the request JSON buffer: x"}))
