@@ -110,43 +110,27 @@ def test_a_configuration_that_is_refused_changes_nothing(cluster: Cluster) -> No
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("lacks", "then_s"), [("a repository", 62), ("a port", 63)])
 def test_a_configuration_that_cannot_be_served_leaves_the_old_router_serving(
-    cluster: Cluster, record_property: Any
+    cluster: Cluster, record_property: Any, lacks: str, then_s: int
 ) -> None:
-    """Its Controller does not start, so the new Router never counts as running; and the next
-    configuration puts that right."""
-    old, kept = routers_that_run(cluster), replicas(cluster)
-    with running(cluster, TARGETS) as load:
-        begun_s = time.monotonic()
-        cluster.deploy(**ARGS, model_repository=["/nowhere"])
-        cluster.wait_status("DEPLOY_FAILED")
-        load.wait_ok()
-        assert old <= routers_that_run(cluster)
-        cluster.deploy(**ARGS, max_queue_s=62)
-        routers(cluster, 1, besides=old)
-        load.wait_ok()
-    show(record_property, "not served", load, begun_s)
-    assert not load.lost()
-    assert replicas(cluster) == kept
-
-
-@pytest.mark.long
-def test_a_router_that_cannot_have_its_port_leaves_the_old_one_serving(
-    cluster: Cluster, record_property: Any
-) -> None:
+    """Its Controller does not start, or its Router does not, so the new Router never counts as
+    running; and the next configuration puts that right."""
     old, kept = routers_that_run(cluster), replicas(cluster)
     with socket.socket() as holder, running(cluster, TARGETS) as load:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
+        wrong: dict[str, Any] = {"a repository": {"model_repository": ["/nowhere"]}}
+        wrong["a port"] = {"http_port": holder.getsockname()[1]}
         begun_s = time.monotonic()
-        cluster.deploy(**ARGS, http_port=holder.getsockname()[1])
+        cluster.deploy(**ARGS, **wrong[lacks])
         cluster.wait_status("DEPLOY_FAILED")
         load.wait_ok()
         assert old <= routers_that_run(cluster)
-        cluster.deploy(**ARGS, max_queue_s=63)
+        cluster.deploy(**ARGS, max_queue_s=then_s)
         routers(cluster, 1, besides=old)
         load.wait_ok()
-    show(record_property, "a busy port", load, begun_s)
+    show(record_property, f"without {lacks}", load, begun_s)
     assert not load.lost()
     assert replicas(cluster) == kept
 
@@ -156,14 +140,14 @@ def test_a_router_more_and_a_router_less_lose_nothing(
     cluster: Cluster, record_property: Any
 ) -> None:
     """A changed number of replicas replaces none."""
-    args = {**ARGS, "max_queue_s": 63}
-    (old,) = routers_that_run(cluster)
+    cluster.deploy(**ARGS)
+    (old,) = routers(cluster, 1)
     with running(cluster, TARGETS, clients=2, passing=2) as load:
         begun_s = time.monotonic()
-        cluster.deploy([{"name": "Router", "num_replicas": 2}], **args)
+        cluster.deploy([{"name": "Router", "num_replicas": 2}], **ARGS)
         assert old in routers(cluster, 2)
         load.wait_ok()
-        cluster.deploy([{"name": "Router", "num_replicas": 1}], **args)
+        cluster.deploy([{"name": "Router", "num_replicas": 1}], **ARGS)
         routers(cluster, 1)
         load.wait_ok()
     show(record_property, "Routers", load, begun_s)
