@@ -140,14 +140,15 @@ def test_a_router_more_and_a_router_less_lose_nothing(
     cluster: Cluster, record_property: Any
 ) -> None:
     """A changed number of replicas replaces none."""
-    cluster.deploy(**ARGS)
-    (old,) = routers(cluster, 1)
+    args, before = {**ARGS, "max_queue_s": 64}, routers_that_run(cluster)
+    cluster.deploy(**args)
+    (old,) = routers(cluster, 1, besides=before)
     with running(cluster, TARGETS, clients=2, passing=2) as load:
         begun_s = time.monotonic()
-        cluster.deploy([{"name": "Router", "num_replicas": 2}], **ARGS)
+        cluster.deploy([{"name": "Router", "num_replicas": 2}], **args)
         assert old in routers(cluster, 2)
         load.wait_ok()
-        cluster.deploy([{"name": "Router", "num_replicas": 1}], **ARGS)
+        cluster.deploy([{"name": "Router", "num_replicas": 1}], **args)
         routers(cluster, 1)
         load.wait_ok()
     show(record_property, "Routers", load, begun_s)
