@@ -6,6 +6,7 @@ Owns ports, environment, temp directory and the end; waits are bounded.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -78,12 +79,17 @@ asyncio.run(main())
 """
 
 
+# From below the range that the system hands out, each worker's from its own part of it, and none a
+# second time: gRPC's clients remember addresses that they could not connect to.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.count(18000 + _WORKER % 2 * 6000 + os.getpid() * 37 % 5000)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, from below the range that the system hands out."""
+    """Ports that were free a moment ago."""
     found: list[int] = []
-    candidate = 18000 + (os.getpid() * 37) % 9000
     while len(found) < count:
-        candidate += 1
+        candidate = next(_PORTS)
         with socket.socket() as probe:
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", candidate))

@@ -15,7 +15,7 @@ import schemathesis
 
 from tests.serve.fuzz import Found, Target, fuzz, fuzz_methods
 from tests.serve.protocol_rules import GOOD, TOLERATED, VALUES, expected, right_bodies
-from tests.serve.server import ROOT, Server
+from tests.serve.server import ROOT, Server, wait_for
 
 # Those that answer at once; `slow` sleeps as long as it is told, `picky` waits for a fuller batch.
 MODELS = ("mlp", "eager_mlp", "shared", "strings", "big", "seed")
@@ -42,7 +42,7 @@ def target(
     models = MODELS if request.node.get_closest_marker("long") else FEW
     with httpx.Client(base_url=f"http://{server.http}", timeout=60) as client:
         before = {path: client.get(path) for path in (LOGGING, *TRACES)}
-        index = client.post("/v2/repository/index").json()
+        index = settled_index(client)
         secrets = [str(models_root), str(server.folder), str(ROOT), sys.prefix]
         yield Target(
             f"http://{server.http}",
@@ -62,7 +62,17 @@ def target(
                 changes = {key: settings[key] for key in settings if key not in fixed}
                 assert client.post(path, json=changes).json() == was.json()
         assert client.post("/v2/systemsharedmemory/unregister").is_success
-        assert client.post("/v2/repository/index").json() == index
+        assert settled_index(client) == index
+
+
+def settled_index(client: httpx.Client) -> Any:
+    """Once what others have unloaded is gone."""
+
+    def settled() -> Any:
+        index = client.post("/v2/repository/index").json()
+        return None if "UNLOADING" in {entry.get("state") for entry in index} else index
+
+    return wait_for(settled, 60, "nothing is being unloaded")
 
 
 def _is_chosen(path: str, models: Sequence[str]) -> bool:

@@ -110,8 +110,9 @@ def test_a_broken_channel_loses_only_what_was_on_it(pair: Server) -> None:
     broken: list[int] = []
     replies = load(pair, "http", 400, lambda: broken.extend(map(break_channels, routers)))
     assert broken == [2, 2]  # to both replicas, from each Router
-    # Each had one batch that ran and one ahead, of at most four rows.
-    assert replies.count("ok") >= 400 - 16 and set(replies) <= {"ok", "503"}
+    # Each had at most one batch that ran and one ahead, of at most four rows; the second Router's
+    # break a moment later, when its replicas may have given it what the first one had.
+    assert replies.count("ok") >= 400 - 32 and set(replies) <= {"ok", "503"}
     assert "503" in replies
     assert set(load(pair, "http", 100)) == {"ok"}
     assert {replica["pid"] for replica in whole(pair)} == before  # nobody died of it

@@ -105,7 +105,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_every_error_survives_the_way(kind):
-    error = kind("m", 3)
+    error = kind("m", 3, "why")
     header = channel.error_layout(error).header
     back = channel.read_error(header)
     assert type(back) is kind and str(back) == str(error)
