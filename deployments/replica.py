@@ -17,13 +17,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray import get_runtime_context, serve
 
 from configs.complete import runtime_kind
 from configs.errors import ConfigError
-from configs.parameters import log_lines, parse_parameters
+from configs.model import ModelConfig
+from configs.parameters import ModelParameters, log_lines, parse_parameters
 
 from . import draining, warmup
 from .doorway import Doorway
@@ -101,7 +103,6 @@ class ModelReplica:
 
     async def _load(self) -> None:
         from .instance import Instance
-        from .runtimes import autocomplete
         from .weights import WeightCache
 
         spec = self._spec
@@ -126,9 +127,8 @@ class ModelReplica:
         if capability:
             logger.info("Using '%s' for compute capability %s", artifact.name, capability)
         if spec.complete:
-            work = partial(autocomplete.complete, artifact, spec.config, parameters)
             try:
-                self._config = await asyncio.to_thread(work, _device(spec), spec.kind)
+                self._config = await self._completed(artifact, parameters)
             except ConfigError as error:
                 raise repository.explain(found, error) from None
         samples = await asyncio.to_thread(
@@ -163,6 +163,14 @@ class ModelReplica:
             raise repository.explain(found, failure)
         if failure is not None:
             raise failure
+
+    async def _completed(self, artifact: Path, parameters: ModelParameters) -> ModelConfig:
+        """With what the configuration leaves for the model to tell. Raises ConfigError."""
+        from .runtimes import autocomplete
+
+        spec = self._spec
+        work = partial(autocomplete.complete, artifact, spec.config, parameters)
+        return await asyncio.to_thread(work, _device(spec), spec.kind)
 
     async def _bring_up(self, samples: tuple[warmup.Sample, ...]) -> Exception | None:
         """All instances at once, or none of them: the first one's error."""

@@ -7,26 +7,8 @@ from dataclasses import replace
 from configs.autoscaling import Autoscaling
 from configs.model import InstanceGroup, VersionPolicy
 from deployments.catalogue import STALE_S, SUSPECT_S, Catalogue, Generation, Version
-from deployments.types import Endpoint, ModelState, Override, ReplicaReport, Target
-from tests import models
-
-CONFIG = models.config({"x": [2]}, {"y": [2]})
-
-
-def report(replica: str = "a", **changes: object) -> ReplicaReport:
-    base = ReplicaReport(
-        application="manta.m.1.7",
-        deployment="m_0",
-        replica_id=replica,
-        node_id="n",
-        pid=1,
-        instances=1,
-        device="cpu",
-        fingerprint="h",
-        config=CONFIG,
-        loaded=True,
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
+from deployments.types import Endpoint, ModelState, Override, Target
+from tests.unit.deployments.reports import CONFIG, report
 
 
 def generation(replicas: int = 2) -> Generation:

@@ -11,10 +11,9 @@ from configs.autoscaling import Autoscaling
 from deployments.autoscaler import Load
 from deployments.catalogue import Catalogue, Generation
 from deployments.scaling import FRESH_S, RETRY_S, Scaling
-from deployments.types import ModelState, ReplicaReport
-from tests import models
+from deployments.types import ModelState
+from tests.unit.deployments.reports import CONFIG, report
 
-CONFIG = models.config({"x": [2]}, {"y": [2]})
 LIMITS = Autoscaling(
     min_count=0,
     max_count=3,
@@ -98,21 +97,10 @@ class Bench:
     def report(
         self, replica: str, deployment: str = "m_0", error: str = "", draining: bool = False
     ) -> None:
-        report = ReplicaReport(
-            application="manta.m.1.7",
-            deployment=deployment,
-            replica_id=replica,
-            node_id="n",
-            pid=1,
-            instances=1,
-            device="cpu",
-            fingerprint="h",
-            config=CONFIG,
-            error=error,
-            loaded=not error,
-            draining=draining,
+        said = report(
+            replica, deployment=deployment, error=error, loaded=not error, draining=draining
         )
-        self.generation.note(report, 0.0)
+        self.generation.note(said, 0.0)
 
     def _load(self, key: Any, since_s: float) -> Load:
         assert key == ("m", "1", "manta.m.1.7")
