@@ -38,6 +38,9 @@ BROKEN = re.compile(
 # After a failure a client waits a moment, as one does; it would only measure refused connections.
 AFTER_FAILURE_S = 0.05
 PROTOCOLS = ("http", "grpc")
+# What a request may come to whose Router is killed. HAProxy, which gRPC goes through, outlives its
+# Router by a moment, in which it answers for it.
+ROUTER_GONE = {"http": {"cut"}, "grpc": {"cut", "503"}}
 LIMIT_S = 120.0
 
 
