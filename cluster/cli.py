@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs import grpc_options, stores
+from configs import grpc_options, grpc_tls, stores
 from configs.errors import ConfigError
 from configs.server import ServerSettings
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_settings(arguments: Sequence[str]) -> ServerSettings:
-    """Raises FlagError, ConfigError or pydantic's ValidationError. Folders become absolute."""
+    """Raises FlagError, ConfigError or pydantic's ValidationError. Paths become absolute."""
     settings = ServerSettings(**parse(arguments))
     for path in settings.model_repository:
         if stores.is_remote(path):
@@ -109,13 +109,16 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
         if not os.access(os.path.dirname(os.path.abspath(settings.log_file)), os.W_OK):
             raise FlagError(f"log file '{settings.log_file}' cannot be written there")
     traces = tuple(map(trace_entry, settings.trace_config))
-    absolute = {name: os.path.abspath(folder) for name, folder in folders.items() if folder}
+    paths = folders | {name: getattr(settings, name) for name in grpc_tls.FILES}
+    absolute = {name: os.path.abspath(path) for name, path in paths.items() if path}
     repositories = tuple(
         path if stores.is_remote(path) else os.path.abspath(path)
         for path in settings.model_repository
     )
     update = {"model_repository": repositories, "trace_config": traces, **absolute}
-    return settings.model_copy(update=update)
+    settings = settings.model_copy(update=update)
+    grpc_tls.certificates(settings)
+    return settings
 
 
 def _first_reason(error: Exception) -> str:

@@ -131,6 +131,17 @@ FLAGS: dict[str, Flag] = {
     "grpc-max-connection-age-grace": Flag(
         "grpc_max_connection_age_grace_ms", "number", f"ms that calls have beyond that {_GRPC_AIO}"
     ),
+    "grpc-use-ssl": Flag("grpc_use_ssl", "bool", "serve gRPC over TLS alone"),
+    "grpc-use-ssl-mutual": Flag(
+        "grpc_use_ssl_mutual", "bool", "the same, and clients need a certificate"
+    ),
+    "grpc-server-cert": Flag("grpc_server_cert", "text", "the server's certificate, a PEM file"),
+    "grpc-server-key": Flag("grpc_server_key", "text", "its private key, a PEM file"),
+    "grpc-root-cert": Flag(
+        "grpc_root_cert",
+        "text",
+        "root of clients' certificates, a PEM file; read with --grpc-use-ssl-mutual",
+    ),
     "allow-metrics": Flag("allow_metrics", "bool", "serve metrics"),
     "allow-gpu-metrics": Flag("allow_gpu_metrics", "bool", "metrics of GPUs, through NVML"),
     "allow-cpu-metrics": Flag("allow_cpu_metrics", "bool", "metrics of CPU and memory"),
@@ -233,7 +244,6 @@ MEANINGLESS: dict[str, str] = {
 # Within an option without meaning, what would mean something: (key, the value that is in force).
 MEANINGFUL: dict[str, tuple[str, str]] = {"backend-config": ("default-max-batch-size", "4")}
 
-_CERTIFICATES = "gRPC over TLS is not supported"
 _SAGEMAKER = "SageMaker's endpoints are not supported"
 _VERTEX = "Vertex AI's endpoints are not supported"
 _SHARED_PORT = "no other server may listen on the port; Routers share it by themselves"
@@ -250,11 +260,6 @@ REFUSED: dict[str, Refused] = {
     "vertex-ai-default-model": Refused(_VERTEX),
     "cache-config": Refused("there is no response cache"),
     "response-cache-byte-size": Refused("there is no response cache", ("0",)),
-    "grpc-use-ssl": Refused(_CERTIFICATES, _OFF),
-    "grpc-use-ssl-mutual": Refused(_CERTIFICATES, _OFF),
-    "grpc-server-cert": Refused(_CERTIFICATES, ("",)),
-    "grpc-server-key": Refused(_CERTIFICATES, ("",)),
-    "grpc-root-cert": Refused(_CERTIFICATES, ("",)),
     "model-namespacing": Refused("a model's name is its own over all repositories", _OFF),
     "rate-limit": Refused("there is no rate limiter", ("off",)),
     "rate-limit-resource": Refused("there is no rate limiter"),

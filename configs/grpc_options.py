@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import grpc_tls
+
 CHANNEL_ARGUMENTS: Mapping[str, str] = {
     "grpc_keepalive_time_ms": "grpc.keepalive_time_ms",
     "grpc_keepalive_timeout_ms": "grpc.keepalive_timeout_ms",
@@ -53,9 +55,10 @@ def unheard(settings: Any) -> str:
 
 def beyond_serve(settings: Any) -> tuple[str, ...]:
     """What is set of this port that Serve's own gRPC proxy has no place for."""
+    names = [*given(settings), *(name for name in grpc_tls.SWITCHES if getattr(settings, name))]
     if level(settings):
-        return (*given(settings), "grpc_infer_response_compression_level")
-    return given(settings)
+        names.append("grpc_infer_response_compression_level")
+    return tuple(names)
 
 
 def reflects(settings: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from . import grpc_options, metrics, restricted, stores, tracing
+from . import grpc_options, grpc_tls, metrics, restricted, stores, tracing
 from .autoscaling import Autoscaling
 from .patterns import header_pattern
 from .restricted import RestrictedGroup
@@ -229,6 +229,18 @@ class ServerSettings(BaseModel):
         None, ge=1, le=INT32_MAX, description="How long calls may go on after that."
     )
 
+    grpc_use_ssl: bool = Field(False, description="gRPC over TLS alone.")
+    grpc_use_ssl_mutual: bool = Field(
+        False, description="gRPC over TLS alone, for clients that have a certificate themselves."
+    )
+    grpc_server_cert: str = Field(
+        "", description="File with the server's certificate (PEM), on each node with a Router."
+    )
+    grpc_server_key: str = Field("", description="File with its private key (PEM), likewise.")
+    grpc_root_cert: str = Field(
+        "", description="File with the root of clients' certificates (PEM); mutual TLS reads it."
+    )
+
     gpu_fraction: float = Field(
         0.01, gt=0, le=1, description="Share of a GPU per replica without GPU_FRACTION."
     )
@@ -374,6 +386,7 @@ class ServerSettings(BaseModel):
                 )
             for name in grpc_options.beyond_serve(self):
                 raise ValueError(f"{name} needs listener 'router': Serve's gRPC does not take it")
+        grpc_tls.check(self)
         if self.http_max_input_size_bytes > self.max_body_bytes:
             raise ValueError("http_max_input_size_bytes must not be above max_body_bytes")
         edges = ("http", "grpc", "metrics")

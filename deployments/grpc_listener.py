@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from configs import grpc_options
+from configs import grpc_options, grpc_tls
 from configs.server import ServerSettings
 
 from .grpc_lane import PATH, Lane
@@ -60,6 +60,7 @@ class GrpcListener:
         self._lane: Lane | None = None
         if inference is not None and settings.grpc_lane:
             self._lane = Lane(inference, settings)
+        self._certificates: grpc_tls.Certificates | None = None
         self._folder: Folder | None = None
         self._haproxy: Haproxy | None = None
         self._fallback: asyncio.Task[None] | None = None
@@ -70,6 +71,8 @@ class GrpcListener:
         return self._haproxy is not None
 
     async def start(self) -> None:
+        """Raises CertificateError, before anything has the port."""
+        self._certificates = grpc_tls.certificates(self._settings)
         if self._lane is not None:
             try:
                 await self._start_lane(self._lane)
@@ -97,6 +100,7 @@ class GrpcListener:
                 settings.max_queue_s + settings.max_execution_s, settings.model_load_timeout_s
             ),
             grace_s=settings.exit_timeout_s,
+            certificates=self._certificates,
         )
         self._haproxy = Haproxy(front, binary, self._lost)
         await self._haproxy.start()
@@ -106,9 +110,24 @@ class GrpcListener:
     async def _take_port(self) -> None:
         claim = self._claim
         host = f"[{claim.address}]" if ":" in claim.address else claim.address
-        await self._serve(f"{host}:{claim.port}", grpc_options.arguments(self._settings))
+        wanted = grpc_options.arguments(self._settings)
+        await self._serve(f"{host}:{claim.port}", wanted, self._credentials())
 
-    async def _serve(self, address: str, wanted: Mapping[str, int]) -> None:
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        """The files as they are now."""
+        files = self._certificates
+        if files is None:
+            return None
+        root = files.root.read_bytes() if files.root else None
+        pair = (files.key.read_bytes(), files.cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
+
+    async def _serve(
+        self,
+        address: str,
+        wanted: Mapping[str, int],
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         """grpc.aio cannot be given another address once it runs: each address has its own.
 
         `wanted` are channel arguments for clients that connect here themselves.
@@ -128,7 +147,10 @@ class GrpcListener:
             interceptors=[Gatekeeper(restricted)] if restricted else None,
         )
         self._add_servicer(server)
-        server.add_insecure_port(address)
+        if credentials is None:
+            server.add_insecure_port(address)
+        else:
+            server.add_secure_port(address, credentials)
         await server.start()
         self._servers.append(server)
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from configs.grpc_tls import Certificates
+
 logger = logging.getLogger("manta.haproxy")
 
 START_S = 10.0
@@ -37,6 +39,8 @@ SILENT_S = 600
 STREAM_S = 7 * 24 * 3600
 PROBE_S = 60
 LANE, ORDINARY, PROBE = "lane.sock", "grpc.sock", "probe.sock"
+# HAProxy finds the key by the name of the certificate.
+CERT, KEY, ROOT = "server.pem", "server.pem.key", "root.pem"
 MAX_SOCKET_PATH = 107
 
 # Runs between fork and HAProxy: dies with the thread that started it, then becomes HAProxy.
@@ -82,7 +86,7 @@ defaults
     option http-no-delay
 
 frontend public
-    bind {address}:{port} proto h2 tcp-ut {silent_s}s
+    bind {address}:{port}{tls} proto h2 tcp-ut {silent_s}s
     use_backend lane if {{ path {path} }} {{ method POST }}
     use_backend streams if {{ path {stream_path} }}
     use_backend streams if {{ path_beg /grpc.reflection. }}
@@ -126,6 +130,7 @@ class Front:
     read_s: float
     answer_s: float
     grace_s: float
+    certificates: Certificates | None = None
 
     def text(self) -> str:
         """Its configuration. Raises ValueError: nothing that means more to HAProxy gets in."""
@@ -142,6 +147,7 @@ class Front:
         return _TEMPLATE.format(
             address=f"ipv6@[{address}]" if address.version == 6 else f"ipv4@{address}",
             port=int(self.port),
+            tls=self._tls(),
             folder=folder,
             path=self.path,
             stream_path=self.stream_path,
@@ -157,6 +163,25 @@ class Front:
             answer_s=IDLE_S + int(self.answer_s),
             grace_s=max(1, int(self.grace_s)),
         )
+
+    def _tls(self) -> str:
+        if self.certificates is None:
+            return ""
+        words = f" ssl crt {self.folder}/{CERT} alpn h2 ssl-min-ver TLSv1.2"
+        if self.certificates.root is not None:
+            words += f" verify required ca-file {self.folder}/{ROOT}"
+        return words
+
+    def link(self) -> None:
+        """The certificates under names of ours: theirs may mean something to HAProxy, and a key
+        is not copied."""
+        if self.certificates is None:
+            return
+        files = self.certificates
+        for name, file in ((CERT, files.cert), (KEY, files.key), (ROOT, files.root)):
+            (self.folder / name).unlink(missing_ok=True)
+            if file is not None:
+                (self.folder / name).symlink_to(file.absolute())
 
 
 def find_binary() -> str:
@@ -216,6 +241,7 @@ class Haproxy:
         try:
             config = folder / "haproxy.cfg"
             config.write_text(self._front.text())
+            self._front.link()
             (folder / PROBE).unlink(missing_ok=True)
             # No interrupt from a terminal must reach it: it has to answer while we drain.
             process = subprocess.Popen(  # noqa: ASYNC220  # it must be this thread's child

@@ -22,7 +22,7 @@ OWN_SERVERS = frozenset(
     f"tests/serve/test_{name}.py"
     for name in (
         "cloud failures leaks logging metrics nodes paths placement polling restricted scaling"
-        " serve_run soak_mixed spans traces_of_routers update"
+        " serve_run soak_mixed spans tls traces_of_routers update"
     ).split()
 )
 

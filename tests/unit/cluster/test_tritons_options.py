@@ -36,6 +36,11 @@ GIVEN = {
     "grpc-max-response-pool-size": ("10", 10),
     "grpc-port": ("9001", 9001),
     "grpc-restricted-protocol": ("health:k=v", 1),
+    "grpc-root-cert": ("/tls/ca.pem", "/tls/ca.pem"),
+    "grpc-server-cert": ("/tls/server.pem", "/tls/server.pem"),
+    "grpc-server-key": ("/tls/server.key", "/tls/server.key"),
+    "grpc-use-ssl": ("true", True),
+    "grpc-use-ssl-mutual": ("1", True),
     "http-address": ("127.0.0.3", "127.0.0.3"),
     "http-header-forward-pattern": ("(?-i)x", "(?-i)x"),
     "http-max-input-size": ("1048576", 1048576),
@@ -70,7 +75,13 @@ GIVEN = {
     "trace-rate": ("5", ("rate=5",)),
 }
 # Options that mean something only beside others.
+CERTIFICATES = tuple(f"--grpc-{name}=/f" for name in ("server-cert", "server-key", "root-cert"))
 BESIDE = {
+    "grpc-root-cert": ("--grpc-use-ssl=false",),
+    "grpc-server-cert": ("--grpc-use-ssl=false",),
+    "grpc-server-key": ("--grpc-use-ssl=false",),
+    "grpc-use-ssl": CERTIFICATES,
+    "grpc-use-ssl-mutual": CERTIFICATES,
     "load-model": ("--model-control-mode=explicit",),
     "trace-level": ("--trace-file=/tmp/t.json",),
 }

@@ -12,10 +12,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from configs.grpc_tls import CertificateError
 from deployments.grpc_lane import PATH
 from deployments.grpc_listener import Folder, GrpcListener
 from deployments.grpc_services import STREAM_PATH
 from deployments.ports import PortClaim
+from tests.certificates import Authority
 
 from .grpc_lanes import Twins, needs_haproxy, run
 from .test_grpc import good
@@ -205,3 +207,81 @@ def test_a_folder_that_others_may_enter_is_not_used(tmp_path, monkeypatch):
         Folder()
     root.chmod(0o700)  # the control
     Folder().close()
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+def read(authority, name):
+    return (authority.folder / name).read_bytes()
+
+
+def secure(server, road, root, chain=None, key=None):
+    """A new connection each time: gRPC shares those of equal channels, but by credentials too."""
+    credentials = grpc.ssl_channel_credentials(root, key, chain)
+    return grpc.aio.secure_channel(server.address(road), credentials)
+
+
+async def refused(channel):
+    async with channel:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await channel.unary_unary(PATH)(MESSAGE, timeout=10)
+    return error.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@needs_haproxy
+@pytest.mark.parametrize("road", ["lane", "ordinary"])
+@pytest.mark.parametrize("mutual", [False, True])
+def test_over_tls_it_answers_those_who_trust_it_and_whom_it_trusts(tmp_path, road, mutual):
+    ours, strangers = Authority(tmp_path / "ours"), Authority(tmp_path / "strangers")
+    root = read(ours, "root.pem")
+    known = [read(ours, "client.pem"), read(ours, "client.key")]
+    stranger = [read(strangers, "client.pem"), read(strangers, "client.key")]
+
+    async def use(server):
+        async with secure(server, road, root, *known) as channel:
+            assert await channel.unary_unary(PATH)(MESSAGE, timeout=20)
+        assert await refused(server.channel(road))  # in the clear
+        assert await refused(secure(server, road, read(strangers, "root.pem"), *known))
+        for pair in ([], stranger):
+            channel = secure(server, road, root, *pair)
+            if mutual:
+                assert await refused(channel)
+            else:
+                async with channel:
+                    assert await channel.unary_unary(PATH)(MESSAGE, timeout=20)
+
+    run(use, **ours.settings(mutual))
+
+
+@needs_haproxy
+def test_grpc_aio_has_tls_too_when_it_takes_the_port(tmp_path):
+    ours = Authority(tmp_path / "ours")
+
+    async def use(server):
+        while server.edges["lane"].has_lane:
+            with suppress(ProcessLookupError):
+                os.kill(server.edges["lane"]._haproxy.pid, 9)
+            await asyncio.sleep(0.05)
+        async with secure(server, "lane", read(ours, "root.pem")) as channel:
+            assert await channel.unary_unary(PATH)(MESSAGE, wait_for_ready=True, timeout=20)
+        assert await refused(server.channel("lane"))
+
+    run(use, **ours.settings(mutual=False))
+
+
+def test_with_certificates_that_are_not_there_nothing_has_the_port(tmp_path):
+    ours = Authority(tmp_path / "ours")
+    server = Twins(**ours.settings(mutual=False))
+    (ours.folder / "server.key").unlink()
+
+    async def use():
+        claim = PortClaim("127.0.0.1", 0, "test")
+        listener = GrpcListener(claim, lambda _: None, server.settings, server.inference)
+        with pytest.raises(CertificateError, match="grpc_server_key"):
+            await listener.start()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", claim.port)
+        await listener.drain()
+
+    asyncio.run(use())

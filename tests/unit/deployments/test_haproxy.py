@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from configs.grpc_tls import Certificates
 from deployments import haproxy
 from deployments.haproxy import Front, Haproxy, HaproxyFailed, find_binary
 
@@ -98,6 +99,21 @@ def test_its_configuration():
     assert "bind ipv6@[::1]:8001" in front("/tmp/x", 8001, address="::1").text()
     for closed in ("stats", "log ", "lua", "ssl"):
         assert closed not in text
+
+
+@pytest.mark.parametrize("root", [None, Path("/etc/tls/ca stats socket.pem")])
+def test_its_certificates_have_names_of_ours(folder, root):
+    files = Certificates(Path("/etc/tls/a b.pem"), Path("/etc/tls/k\n.pem"), root)
+    told = front(folder, certificates=files)
+    for _ in range(2):  # it is started again
+        told.link()
+    (bind,) = (line for line in told.text().splitlines() if "proto h2 tcp-ut" in line)
+    assert f" ssl crt {folder}/server.pem alpn h2 ssl-min-ver TLSv1.2" in bind
+    assert (f"verify required ca-file {folder}/root.pem" in bind) == (root is not None)
+    assert "/etc/tls" not in told.text() and "stats" not in told.text()
+    found = {one.name: one.readlink() for one in Path(folder).iterdir()}
+    wanted = {"server.pem": files.cert, "server.pem.key": files.key, "root.pem": root}
+    assert found == {name: file for name, file in wanted.items() if file}
 
 
 def test_a_program_that_is_not_there(monkeypatch):
