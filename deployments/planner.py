@@ -91,17 +91,22 @@ class Cluster(Protocol):
 
 
 class Planner:
+    """`deploys` is False for who only asks what would run where: files of gigabytes are then not
+    read for their hash, and `content_hash` is empty."""
+
     def __init__(
         self,
         settings: ServerSettings,
         repository: Repository,
         controller_application: str,
         cluster: Cluster,
+        deploys: bool = True,
     ) -> None:
         self._settings = settings
         self._repository = repository
         self._controller_application = controller_application
         self._cluster = cluster
+        self._deploys = deploys
         self._completes = not settings.disable_auto_complete_config
         cache = {"MANTA_COMPILE_CACHE": settings.compile_cache} if settings.compile_cache else {}
         self._environment = {**settings.environment, **cache}
@@ -151,7 +156,7 @@ class Planner:
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.check_artifacts(found, number, normal)
-        content_hash = repository.content_hash(found, number, normal)
+        content_hash = repository.content_hash(found, number, normal) if self._deploys else ""
         return Plan(
             found=found,
             number=number,

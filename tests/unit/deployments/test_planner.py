@@ -34,9 +34,9 @@ class Cluster:
         return [f"manta_gpu_{index}" for index in range(self.gpus)] if self.indexed else []
 
 
-def planner(root, cluster=None, **more):
+def planner(root, cluster=None, deploys=True, **more):
     settings = ServerSettings(model_repository=(str(root),), **more)
-    return Planner(settings, Repository((root,)), "manta", cluster or Cluster())
+    return Planner(settings, Repository((root,)), "manta", cluster or Cluster(), deploys)
 
 
 def write(root, more="", versions=(1,)):
@@ -54,6 +54,14 @@ def test_a_version_is_completed_placed_and_specified(tmp_path):
     (spec,) = planner(tmp_path).specs(plan, "manta.m.2.1", 1)
     assert (spec.model_name, spec.version, spec.kind) == ("m", 2, "KIND_CPU")
     assert spec.content_hash == plan.content_hash and spec.fingerprint == plan.fingerprint
+
+
+def test_who_only_looks_reads_no_file_for_its_hash(tmp_path):
+    write(tmp_path)
+    (plan,), _ = planner(tmp_path).plan("m")
+    (seen,), _ = planner(tmp_path, deploys=False).plan("m")
+    assert plan.content_hash and seen.content_hash == ""
+    assert (seen.config, seen.placements) == (plan.config, plan.placements)
 
 
 def test_what_other_settings_would_load_otherwise_is_loaded_again(tmp_path):
