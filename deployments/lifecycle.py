@@ -171,7 +171,17 @@ class Lifecycle:
             raise Internal(f"failed to load '{name}', failed to poll from model repository")
 
     async def _load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """In turn with others of the same model, and planned only then."""
+        """All Routers know how it ended, well or not: one has the index that is asked for next."""
+        try:
+            failed = await self._load_in_turn(name, parameters)
+        finally:
+            await self._followers.reach(self._catalogue.sequence)
+        if failed:
+            raise LoadFailed(name, " ".join(failed))
+
+    async def _load_in_turn(self, name: str, parameters: Mapping[str, Any]) -> list[str]:
+        """With others of the same model, and planned only then. What failed, in words; raises
+        LoadFailed and others where nothing was begun."""
         async with self._locks[name]:
             override = await self._asked(name, parameters)
             try:
@@ -180,10 +190,7 @@ class Lifecycle:
                     await self._overrides.put(name, override)
             finally:
                 await self._overrides.release(override.folder if override else "")
-        # Also after a failure: the index that a client asks for next is a Router's.
-        await self._followers.reach(self._catalogue.sequence)
-        if failed:
-            raise LoadFailed(name, " ".join(failed))
+        return failed
 
     async def _asked(self, name: str, parameters: Mapping[str, Any]) -> Override | None:
         """What a request wants to be in force; its folder is held. A configuration stays until the

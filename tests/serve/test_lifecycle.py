@@ -6,12 +6,14 @@ import asyncio
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from tests import models
@@ -55,7 +57,7 @@ def test_load_and_unload(
     client.unload_model("spare")
     with pytest.raises(InferenceServerException, match="no available versions|not at ready"):
         infer(client, "spare", {"x": X})
-    wait_for(lambda: state(http, "spare").get("reason") == "unloaded", 30, "spare is unloaded")
+    wait_for(lambda: state(http, "spare").get("reason") == "unloaded", 90, "spare is unloaded")
 
 
 def test_loading_what_is_not_there(http: Any, grpc: Any) -> None:
@@ -68,6 +70,18 @@ def test_loading_what_is_not_there(http: Any, grpc: Any) -> None:
         with pytest.raises(InferenceServerException, match="torch.save"):
             client.load_model("pickled")
     assert http.is_server_ready()
+
+
+def test_who_hears_of_a_failed_load_finds_its_reason_in_the_index(spare: Path, http: Any) -> None:
+    """With the next request: the index is the Router's, and the Controller has failed the load."""
+    config = spare / "config.pbtxt"
+    old = config.read_text()
+    for number in range(8):
+        config.write_text(f"{old}\nnonsense_{number}: 1\n")
+        with pytest.raises(InferenceServerException, match=f"nonsense_{number}"):
+            http.load_model("spare")
+        entries = [e for e in http.get_model_repository_index() if e["name"] == "spare"]
+        assert [e for e in entries if f"nonsense_{number}" in e.get("reason", "")], entries
 
 
 def test_reload_swaps_without_a_lost_request_and_a_bad_one_keeps_the_old(
@@ -93,6 +107,7 @@ def test_reload_swaps_without_a_lost_request_and_a_bad_one_keeps_the_old(
     thread = threading.Thread(target=load)
     thread.start()
     try:
+        wait_for(lambda: answers or errors, 60, "the old one answers")
         models.save_torchscript(Twice(), spare.parent, "spare")
         http.load_model("spare")
         assert np.allclose(infer(http, "spare", {"x": X}).as_numpy("OUTPUT__0"), X * 2)
@@ -101,6 +116,8 @@ def test_reload_swaps_without_a_lost_request_and_a_bad_one_keeps_the_old(
             http.load_model("spare")
         assert np.allclose(infer(http, "spare", {"x": X}).as_numpy("OUTPUT__0"), X * 2)
         assert state(http, "spare")["state"] == "READY"
+        seen = len(answers)
+        wait_for(lambda: errors or len(answers) > seen, 60, "the new one answers")
     finally:
         stop.set()
         thread.join(60)
@@ -131,7 +148,8 @@ def test_what_waits_when_a_version_is_replaced_is_answered_by_the_new_one(
     server: Server, models_root: Path, http: Any
 ) -> None:
     """Thirty requests wait behind two that run when the model is loaded anew."""
-    source = models_root / "slow" / "1" / "model.py"
+    folder = models_root / "slow"
+    source = folder / "1" / "model.py"
     old = source.read_text()
     asked = {"s": np.full((1, 1), 0.05, np.float32)}
 
@@ -139,7 +157,8 @@ def test_what_waits_when_a_version_is_replaced_is_answered_by_the_new_one(
         async with aio_client(server, "http") as client:
             held = {"s": np.full((1, 1), -1.0, np.float32)}
             calls = [asyncio.create_task(infer_aio(client, "slow", held)) for _ in range(2)]
-            await asyncio.sleep(0.7)
+            both = partial(wait_for, lambda: len(repository.held(folder)) == 2, 30, "both run")
+            await asyncio.to_thread(both)
             calls += [asyncio.create_task(infer_aio(client, "slow", asked)) for _ in range(30)]
             await asyncio.sleep(0.5)
             await client.load_model("slow")
@@ -148,7 +167,7 @@ def test_what_waits_when_a_version_is_replaced_is_answered_by_the_new_one(
 
     try:
         source.write_text(old.replace("seconds * 2", "seconds * 3"))
-        with repository.holding(models_root / "slow") as go:
+        with repository.holding(folder) as go:
             replies = [reply.as_numpy("t")[0, 0] for reply in asyncio.run(run())]
     finally:
         source.write_text(old)
@@ -158,9 +177,24 @@ def test_what_waits_when_a_version_is_replaced_is_answered_by_the_new_one(
 
 
 def test_a_client_that_gives_up_a_load_does_not_stop_it(spare: Path, http: Any, grpc: Any) -> None:
-    with pytest.raises(InferenceServerException):
-        grpc.load_model("spare", client_timeout=0.2)
-    wait_for(lambda: http.is_model_ready("spare"), 60, "spare is loaded all the same")
+    load = grpc._client_stub.RepositoryModelLoad  # stock clients cannot take a load back
+
+    def begun() -> bool:
+        index = http.get_model_repository_index()
+        states = {entry.get("state") for entry in index if entry["name"] == "spare"}
+        return not states.isdisjoint(("LOADING", "READY"))
+
+    def given_up() -> bool:
+        call = load.future(service_pb2.RepositoryModelLoadRequest(model_name="spare"))
+        wait_for(begun, 60, "the load has begun")
+        call.cancel()
+        if call.cancelled():
+            return True
+        http.unload_model("spare")  # it was over before that: once more
+        return False
+
+    wait_for(given_up, 120, "a client has given up a load")
+    wait_for(lambda: http.is_model_ready("spare"), 120, "spare is loaded all the same")
 
 
 def test_a_version_that_is_gone_is_forgotten(spare: Path, http: Any) -> None:
