@@ -15,6 +15,7 @@ import tritonclient.http.aio as httpaio
 from tritonclient.utils import np_to_triton_dtype
 
 Arrays = dict[str, npt.NDArray[Any]]
+HTTP_S = 240.0
 
 
 def inputs(module: Any, arrays: Arrays) -> list[Any]:
@@ -44,7 +45,8 @@ async def infer_aio(client: Any, model: str, arrays: Arrays, **options: Any) -> 
 
 def aio_client(server: Any, protocol: str) -> Any:
     if protocol == "http":
-        return httpaio.InferenceServerClient(server.http, conn_limit=256)
+        # It would give up after a minute otherwise, and gRPC's would not.
+        return httpaio.InferenceServerClient(server.http, conn_limit=256, conn_timeout=HTTP_S)
     return grpcaio.InferenceServerClient(server.grpc)
 
 

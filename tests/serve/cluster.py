@@ -17,7 +17,7 @@ import yaml
 
 from tests.serve.server import BIN, ROOT, START_S, Server, free_ports, profile, wait_for
 
-DEPLOY_S = 90.0
+DEPLOY_S = 120.0
 
 
 def shipped(ports: list[int], **args: Any) -> dict[str, Any]:
@@ -79,8 +79,10 @@ class Cluster(Server):
 
     def wait_status(self, wanted: str) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
-            status = self.status()
-            return status if status["status"] == wanted else None
+            with contextlib.suppress(httpx.HTTPError):  # Serve may be busy
+                status = self.status()
+                return status if status["status"] == wanted else None
+            return None
 
         found: dict[str, Any] = wait_for(reached, DEPLOY_S, f"the application is {wanted}")
         return found

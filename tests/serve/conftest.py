@@ -19,7 +19,7 @@ import tritonclient.http as httpclient
 from tests.conftest import OWN_SERVERS
 from tests.serve import raw, repository
 from tests.serve.clients import infer, rows
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import START_S, Server, manta_serve, wait_for
 
 GOOD = ("mlp", "eager_mlp", "seed", "slow", "shared", "picky", "strings", "big")
 BROKEN = ("bad_field", "pickled", "bad_name")
@@ -152,7 +152,7 @@ def pair(
     flags.append("--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001")
     with manta_serve(root, *flags, environment={"MANTA_LOGICAL_GPU_COUNT": "2"}) as one:
         one.wait_ready()
-        wait_for(lambda: len(one.replica_pids("manta:Router")) == 2, 60, "two Routers")
+        wait_for(lambda: len(one.replica_pids("manta:Router")) == 2, START_S, "two Routers")
         yield one
 
 
@@ -205,4 +205,4 @@ def unharmed(
     told = [infer(one, "mlp", {"INPUT__0": rows(1, 8)}) for one in (http, grpc)]
     one, other = (reply.as_numpy("OUTPUT__0") for reply in told)
     assert one.shape == (1, 4) and (one == other).all()
-    wait_for(lambda: router.memory_info().rss < before + (64 << 20), 20, "memory is given back")
+    wait_for(lambda: router.memory_info().rss < before + (64 << 20), 60, "memory is given back")

@@ -250,6 +250,9 @@ def _status(error: InferenceServerException) -> str:
     # gRPC has one code for what the server says and for a connection that broke.
     if name == "UNAVAILABLE" and BROKEN.search(str(error.message())):
         return "cut"
+    # HAProxy's word for a Router that went in the middle of an answer.
+    if "RST_STREAM" in str(error.message()):
+        return "cut"
     return STATUS.get(name, name)
 
 

@@ -150,6 +150,9 @@ class _Runner:
 
     def kill(self, raylet: int) -> dict[str, Any]:
         family = self._family(raylet)
+        for one in family:  # first, so that none can tell of another's death
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.suspend()
         for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from tests import models
+from tests.serve.server import wait_for
 
 SIZES = (8, 16, 4)
 
@@ -22,6 +24,7 @@ class Mlp(torch.nn.Sequential):
 """
 
 SLOW = '''
+import contextlib
 import os
 import time
 import torch
@@ -31,13 +34,15 @@ GO = os.path.join(FOLDER, "go")
 
 class Slow(torch.nn.Module):
     """Sleeps as many seconds as its input says; below 0, until its folder has a file `go`, and
-    leaves a file that says so."""
+    leaves a file that says so, and another one when it goes on."""
 
     def forward(self, seconds):
         if seconds.min() < 0:
             open(os.path.join(FOLDER, f"held.{os.getpid()}"), "w").close()
-        while seconds.min() < 0 and not os.path.exists(GO):
-            time.sleep(0.01)
+            while not os.path.exists(GO):
+                time.sleep(0.01)
+            with contextlib.suppress(OSError):
+                open(os.path.join(FOLDER, f"gone.{os.getpid()}"), "w").close()
         time.sleep(max(0.0, float(seconds.max())))
         return seconds * 2
 '''
@@ -72,12 +77,19 @@ class Nap(torch.nn.Module):
 def holding(folder: Path) -> Iterator[Callable[[], None]]:
     """Requests below 0 to a slow model are held until this is called, and no longer than this."""
     go = folder / "go"
-    for left in (go, *folder.glob("held.*")):
+    with contextlib.suppress(TimeoutError):  # who was let go before may not have looked yet
+        wait_for(lambda: not _still_held(folder), 10, "nobody is held")
+    for left in (go, *folder.glob("held.*"), *folder.glob("gone.*")):
         left.unlink(missing_ok=True)
     try:
         yield go.touch
     finally:
         go.touch()
+
+
+def _still_held(folder: Path) -> bool:
+    gone = {int(path.suffix[1:]) for path in folder.glob("gone.*")}
+    return any(map(psutil.pid_exists, held(folder) - gone))
 
 
 def tensor(name: str, dims: str, data_type: str = "TYPE_FP32", more: str = "") -> str:

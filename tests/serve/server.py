@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 150.0
 END_S = 90.0
-PEEK_S = 90.0
+GONE_S = 60.0  # its processes, after it
+PEEK_S = 150.0
 
 PEEK = """
 import asyncio, dataclasses, json, sys
@@ -118,6 +119,14 @@ def wait_for(what: Callable[[], Any], limit_s: float, describe: str) -> Any:
     raise TimeoutError(f"{describe}: not within {limit_s:g} s")
 
 
+def wait_equal(what: Callable[[], Any], wanted: Any, limit_s: float) -> None:
+    """Polls until `what` is as wanted; a failure says what it was at last."""
+    end_s = time.monotonic() + limit_s
+    while (seen := what()) != wanted and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert seen == wanted, f"{seen} is not {wanted} within {limit_s:g} s"
+
+
 class Server:
     """Start with `start`, end with `stop`; both are bounded, and `close` leaves nothing behind."""
 
@@ -168,7 +177,9 @@ class Server:
         return False
 
     def ready(self) -> bool:
-        return self.live() and self.get("/v2/health/ready").status_code == 200
+        with contextlib.suppress(httpx.TransportError):  # it may go after it was live
+            return self.live() and self.get("/v2/health/ready").status_code == 200
+        return False
 
     def wait_ready(self) -> None:
         try:
@@ -276,8 +287,8 @@ class Server:
         if self.process.poll() is None:
             self.send(number)
         code = self.process.wait(END_S)
-        _, alive = psutil.wait_procs(family, timeout=15)
-        assert not alive, f"left behind: {[p.info for p in alive]}"
+        _, alive = psutil.wait_procs(family, timeout=GONE_S)
+        assert not alive, f"left behind: {alive}"
         return code
 
     def close(self) -> None:
@@ -332,7 +343,7 @@ def kill(*pids: int) -> None:
     victims = [psutil.Process(pid) for pid in pids]
     for victim in victims:
         victim.kill()
-    wait_for(lambda: not any(map(runs, victims)), 10, "they have ended")
+    wait_for(lambda: not any(map(runs, victims)), 30, "they have ended")
 
 
 def runs(process: psutil.Process) -> bool:

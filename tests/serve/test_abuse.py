@@ -142,6 +142,7 @@ def test_the_length_of_the_json_part(server: Server, length: str, more: int, sta
         f"http://{server.http}/v2/models/mlp/infer",
         content=FLAT + bytes(more),
         headers={LENGTH: length},
+        timeout=ANSWER_S,
     )
     assert reply.status_code == status, reply.text
     assert status == 200 or list(reply.json()) == ["error"]
@@ -151,12 +152,13 @@ def test_numbers_that_are_hardly_any(server: Server) -> None:
     """They come back as they are, or are refused."""
     url = f"http://{server.http}/v2/models/big/infer"
     form = '{"inputs":[{"name":"x","datatype":"FP32","shape":[1,%d],"data":[%s]}]}'
-    reply = httpx.post(url, content=form % (5, "-0.0,NaN,-Infinity,1e-400,18446744073709551616"))
+    odd = form % (5, "-0.0,NaN,-Infinity,1e-400,18446744073709551616")
+    reply = httpx.post(url, content=odd, timeout=ANSWER_S)
     data = json.loads(reply.text)["outputs"][0]["data"]
     wanted = np.array([-0.0, np.nan, -np.inf, 0, 2.0**64], np.float32)
     assert np.array(data, np.float32).tobytes() == wanted.tobytes()
     for number in ("1e400", "0x1", "01", "+1", "1_0", "nan", "--1"):
-        reply = httpx.post(url, content=form % (1, number))
+        reply = httpx.post(url, content=form % (1, number), timeout=ANSWER_S)
         assert reply.status_code == 500 and "failed to parse" in reply.json()["error"], number
 
 

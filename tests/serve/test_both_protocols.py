@@ -78,7 +78,7 @@ def test_what_is_told_of_server_and_models(http: Any, grpc: Any, what: str) -> N
         assert type(message)() != message or what == "regions"  # or it would say nothing
         return bool(as_message(shown, message) == message)
 
-    wait_for(equal, 20, f"{what}: both protocols tell the same")
+    wait_for(equal, 60, f"{what}: both protocols tell the same")
 
 
 def as_message(shown: Any, like: Any) -> Any:
@@ -228,13 +228,13 @@ def test_one_of_several_repositories_cannot_be_named(server: Server, stub: Any) 
         ),
     }
     for path, (call, request, fields) in calls.items():
-        reply = httpx.post(f"http://{server.http}/v2/repository/other/{path}")
+        reply = httpx.post(f"http://{server.http}/v2/repository/other/{path}", timeout=60)
         with pytest.raises(grpcio.RpcError) as caught:
             call(request(repository_name="other", **fields))
         assert (reply.status_code, caught.value.code().name) == (501, "UNIMPLEMENTED")
         assert reply.json()["error"] == caught.value.details()
         assert "'repository_name' specification is not supported" in caught.value.details()
-    assert httpx.get(f"http://{server.http}/v2/models/mlp/ready").status_code == 200
+    assert server.get("/v2/models/mlp/ready").status_code == 200
 
 
 def test_a_version_that_is_no_number(server: Server, grpc: Any) -> None:
@@ -251,5 +251,5 @@ def test_a_version_that_is_no_number(server: Server, grpc: Any) -> None:
                 call()
             assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
         for path in ("", "/config", "/stats", "/ready"):
-            reply = httpx.get(f"http://{server.http}/v2/models/mlp/versions/{version}{path}")
+            reply = server.get(f"/v2/models/mlp/versions/{version}{path}")
             assert (reply.status_code, reply.json()) == (404, {"error": "Not Found"})

@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import infer, rows
-from tests.serve.server import Server, free_ports, manta_serve, wait_for
+from tests.serve.server import START_S, Server, free_ports, manta_serve, wait_for
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -74,7 +74,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
         return False
 
     try:
-        wait_for(answers, 60, "the S3 server answers")
+        wait_for(answers, START_S, "the S3 server answers")
         made = Bucket(f"127.0.0.1:{port}", tmp_path_factory.mktemp("upload"))
         made.put("one", models.identity())
         made.put("two", models.identity())

@@ -151,7 +151,8 @@ def test_json_has_no_halves(loaded: None, server: Server, datatype: str) -> None
         for i, kind in enumerate(HALVES)
         if kind.wire == datatype
     ]
-    reply = httpx.post(f"http://{server.http}/v2/models/halves/infer", json={"inputs": inputs})
+    url = f"http://{server.http}/v2/models/halves/infer"
+    reply = httpx.post(url, json={"inputs": inputs}, timeout=60)
     assert reply.status_code == 400
     assert f"receiving {datatype} data via JSON is not supported" in reply.json()["error"]
 

@@ -271,7 +271,8 @@ def test_a_stream_of_a_model_without_sequences(server: Server) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_simple_model_control(server: Server, protocol: str) -> None:
-    with client_of(server, protocol) as client:
+    options = {"network_timeout": 240} if protocol == "http" else {}  # a load takes its time
+    with client_of(server, protocol, **options) as client:
         client.unload_model("simple_int8")
         assert not client.is_model_ready("simple_int8")
         client.load_model("simple_int8")

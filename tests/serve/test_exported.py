@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, loading, rows, statistics
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
 REQUESTS = 100
 SIZES = (8, 16, 4)
@@ -134,7 +134,8 @@ def test_sizes_beyond_what_it_was_exported_for(client: Any, name: str) -> None:
 def test_two_replicas_compile_once(compile_cache: Path, server: Server) -> None:
     assert len(list(compile_cache.glob("*.pt2"))) == 1
     assert not list(compile_cache.glob("building-*"))
-    assert f"'{COMPILED}/1/model.pt2' is compiled" in server.output()
+    line = f"'{COMPILED}/1/model.pt2' is compiled"
+    wait_for(lambda: line in server.output(), 30, line)
 
 
 def test_an_archive_that_would_run_code_is_refused(http: Any, models_root: Path) -> None:

@@ -108,6 +108,7 @@ def test_names_are_those_that_were_sent(server: Server) -> None:
             f"http://{server.http}/v2/models/teller/infer",
             content=content,
             headers={"My_Header-One": "a"},
+            timeout=60,
         )
         assert json.loads(reply.json()["outputs"][0]["data"][0]) == {"My_Header-One": "a"}
 
@@ -117,6 +118,7 @@ def test_generate_forwards_headers_too(server: Server) -> None:
         f"http://{server.http}/v2/models/teller/generate",
         json={"x": 1, "depth": 3},
         headers={"My_Header": "a"},
+        timeout=60,
     )
     assert json.loads(reply.json()["told"]) == {"depth": 3, "My_Header": "a"}
 
@@ -129,7 +131,7 @@ def test_a_pattern_that_cannot_be_compiled_is_a_start_up_error(tmp_path: Path) -
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     assert done.returncode == 1
     assert "--grpc-header-forward-pattern: 'my_(header' is no regular" in done.stderr

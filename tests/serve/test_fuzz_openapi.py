@@ -17,6 +17,9 @@ from tests.serve.fuzz import Found, Target, fuzz, fuzz_methods
 from tests.serve.protocol_rules import GOOD, TOLERATED, VALUES, expected, right_bodies
 from tests.serve.server import ROOT, Server, wait_for
 
+# To make the requests takes the processor, which a server with its clients may have as well.
+pytestmark = pytest.mark.timeout(900)
+
 # Those that answer at once; `slow` sleeps as long as it is told, `picky` waits for a fuller batch.
 MODELS = ("mlp", "eager_mlp", "shared", "strings", "big", "seed")
 FEW = ("mlp", "strings")
@@ -72,7 +75,7 @@ def settled_index(client: httpx.Client) -> Any:
         index = client.post("/v2/repository/index").json()
         return None if "UNLOADING" in {entry.get("state") for entry in index} else index
 
-    return wait_for(settled, 60, "nothing is being unloaded")
+    return wait_for(settled, 120, "nothing is being unloaded")
 
 
 def _is_chosen(path: str, models: Sequence[str]) -> bool:

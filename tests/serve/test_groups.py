@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,10 @@ def test_thread_counts_of_eager_models_are_their_own(
             assert infer(client, name, {"x": x}).as_numpy("y").tolist() == [wanted]
 
 
+def count(server: Server, line: str) -> int:
+    return server.output().count(line)
+
+
 def test_two_models_of_different_settings_each_keep_their_own(groups: Server) -> None:
     """A13 and more: thread counts, cuDNN and the JIT are one per process, and so is the model."""
     (quick,), (careful,) = replicas(groups, "quick"), replicas(groups, "careful")
@@ -209,15 +214,16 @@ def test_two_models_of_different_settings_each_keep_their_own(groups: Server) ->
         "Jit profiling is disabled for model 'careful'",
         "Tensor fuser is disabled for model 'careful'",
     ):
-        assert groups.output().count(line) == 1, line
+        wait_for(partial(count, groups, line), 30, line)  # a moment after it is logged
+        assert count(groups, line) == 1, line
 
 
 def test_an_unknown_parameter_is_warned_of_once(groups: Server, http: Any) -> None:
     """Four replicas in three groups, and a load that changes nothing: one line."""
     http.load_model("who")
     line = "'NUM_THREAD' of model 'who' is unknown and is ignored; did you mean 'NUM_THREADS'?"
-    wait_for(lambda: line in groups.output(), 10, "the warning is shown")
-    assert groups.output().count(line) == 1
+    wait_for(lambda: count(groups, line), 30, "the warning is shown")
+    assert count(groups, line) == 1
 
 
 PARAMETER = "invalid/config.pbtxt:"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
 
 def test_count_two_is_two_replicas(server: Server) -> None:
@@ -38,17 +38,22 @@ def test_the_environment_reaches_the_replicas(server: Server) -> None:
 
 
 def test_parameters_are_told_in_the_log_when_a_version_loads(server: Server) -> None:
-    logs = server.output()
-    for line in (
+    lines = (
         "Inference Mode is enabled",
         "Optimized execution is enabled",
         "cuDNN is enabled",
         "Cache Cleaning is disabled",
         "Torch parallelism settings for 'eager_mlp': NUM_THREADS = 1; NUM_INTEROP_THREADS = 1;",
         "'torch.compile' optional parameter(s) for 'eager_mlp': {'disable': True}",
-    ):
-        assert line in logs
-    assert logs.count("Reusing TorchScript model for instance 'shared_1_") == 1
+    )
+    reusing = "Reusing TorchScript model for instance 'shared_1_"
+
+    def missing() -> list[str]:
+        return [line for line in (*lines, reusing) if line not in server.output()]
+
+    # A moment after they are logged.
+    wait_for(lambda: not missing(), 30, "the lines are shown")
+    assert server.output().count(reusing) == 1
 
 
 def _maps_torch(pid: int) -> bool:

@@ -28,10 +28,15 @@ from tests import models
 from tests.serve import repository
 from tests.serve.clients import inputs, rows
 from tests.serve.nodes import Node, Nodes, cluster
-from tests.serve.server import wait_for
+from tests.serve.server import wait_equal, wait_for
+
+# Each waits for several processes to start, one after the other.
+pytestmark = pytest.mark.timeout(600)
 
 # Each is a place where a request can be held; two workers share them.
 HELD = 4
+# Clients of each Router that ask all the time.
+STEADY = 3
 LIMIT_S = 180.0
 HOLD = '''
 import os
@@ -85,11 +90,11 @@ def nodes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node
         {"name": "Controller", "ray_actor_options": some},
     ]
     args: dict[str, Any] = {"model_control_mode": "explicit", "load_model": ["hold", "mlp"]}
-    args["max_queue_s"] = LIMIT_S
+    args |= {"max_queue_s": LIMIT_S, "max_execution_s": LIMIT_S}  # what is held does not hang
     folder = tmp_path_factory.mktemp("config")
     with cluster(root, folder, deployments, router_replicas=2, **args) as one:
         one.wait_ready()
-        wait_for(lambda: len(one.routers()) == 2, 60, "two Routers")
+        wait_for(lambda: len(one.routers()) == 2, LIMIT_S, "two Routers")
         yield one
         family = one.descendants()
         assert one.stop() == 0, one.output()[-3000:]
@@ -161,20 +166,22 @@ def _peers(pid: int) -> set[int]:
 
 @contextlib.contextmanager
 def lines_to(nodes: Nodes, counts: dict[int, int]) -> Iterator[dict[int, list[Line]]]:
-    """So many connections to each of these Routers."""
+    """So many connections to each of these Routers, once it has opened its ports."""
     found: dict[int, list[Line]] = {pid: [] for pid in counts}
-    others: list[Line] = []
+
+    end_s = time.monotonic() + LIMIT_S
     try:
-        for _ in range(200):
-            if all(len(found[pid]) == count for pid, count in counts.items()):
-                break
+        while any(len(found[pid]) < count for pid, count in counts.items()):
+            assert time.monotonic() < end_s, (counts, found)
             line = Line(nodes)
-            wanted = len(found.get(line.router, ())) < counts.get(line.router, 0)
-            (found[line.router] if wanted else others).append(line)
-        assert {pid: len(lines) for pid, lines in found.items()} == counts
+            if len(found.get(line.router, ())) < counts.get(line.router, 0):
+                found[line.router].append(line)
+            else:
+                line.close()
+                time.sleep(0.02)
         yield found
     finally:
-        for line in (*others, *(line for lines in found.values() for line in lines)):
+        for line in (line for lines in found.values() for line in lines):
             line.close()
 
 
@@ -188,14 +195,20 @@ def spread(nodes: Nodes, model: str) -> Counter[str]:
     return Counter(one["node_id"] for one in replicas(nodes, model))
 
 
+def all_loaded(nodes: Nodes) -> None:
+    """The Controller counts on all replicas, since it has heard of each within seconds."""
+    wanted = {"hold": HELD, "mlp": 2}
+    wait_equal(lambda: {model: spread(nodes, model).total() for model in wanted}, wanted, LIMIT_S)
+
+
 # --- what all nodes have in common ---------------------------------------------------------------
 
 
 def test_replicas_and_routers_are_spread_over_the_workers(nodes: Nodes) -> None:
     workers = {node.node_id for node in nodes.workers}
     assert {node.node_id for node in nodes.routers()} == workers
-    found = spread(nodes, "hold")
-    assert set(found) == workers and found.total() == HELD
+    all_loaded(nodes)
+    assert set(spread(nodes, "hold")) == workers
     assert spread(nodes, "mlp") == dict.fromkeys(workers, 1)
 
 
@@ -226,11 +239,13 @@ def test_two_routers_give_the_same_answers_and_exact_statistics(nodes: Nodes) ->
             list(pool.map(over_grpc, clients))
         assert grpc_routers(nodes) == set(routers)  # the kernel gave clients to both
         sent = len(questions) * (8 * 5 + len(clients))
-        assert one.counts("mlp") == other.counts("mlp") == (start[0] + sent, start[1])
+        total = start[0] + sent, start[1]
+        # Each Router tells the Controller now and then.
+        wait_equal(lambda: (one.counts("mlp"), other.counts("mlp")), (total, total), 60)
     for given in answers:
         for answer in given:  # rows of other requests in its batch may change the last bits
             np.testing.assert_allclose(answer, given[0], rtol=1e-5, atol=1e-6)
-    wait_for(lambda: both_grew(nodes, before), 30, "both ways to both replicas were used")
+    wait_for(lambda: both_grew(nodes, before), 60, "both ways to both replicas were used")
 
 
 def traffic(report: dict[str, Any]) -> tuple[int, int]:
@@ -242,7 +257,9 @@ def both_grew(nodes: Nodes, before: dict[str, tuple[int, int]]) -> bool:
     """At each replica. A channel is for the Router of the same node; the other one's batches come
     through Serve."""
     now = {one["replica_id"]: traffic(one) for one in replicas(nodes, "mlp")}
-    return all(now[r][0] > channel and now[r][1] > serve for r, (channel, serve) in before.items())
+    return now.keys() == before.keys() and all(
+        now[r][0] > channel and now[r][1] > serve for r, (channel, serve) in before.items()
+    )
 
 
 @contextlib.contextmanager
@@ -289,7 +306,7 @@ def test_no_load_or_unload_is_lost_among_two_routers(nodes: Nodes) -> None:
             list(pool.map(work, range(len(SPARES))))
         one, other = (found[pid][0] for pid in routers)
         wait_for(lambda: "UNLOADING" not in one.index().values(), 60, "all is unloaded")
-        assert one.index() == other.index()
+        wait_for(lambda: one.index() == other.index(), 60, "both have the same index")
         for line in (one, other):
             assert [line.ready(model) for model in SPARES] == [True, False, False]
 
@@ -336,7 +353,7 @@ def under_load(nodes: Nodes, root: Path, stays: int, goes: int, strike: Callable
         return outcome(lambda: line.infer("hold", [[-1]]))
 
     with (
-        lines_to(nodes, {stays: HELD + 3, goes: HELD + 3}) as found,
+        lines_to(nodes, {stays: HELD + STEADY, goes: HELD + STEADY}) as found,
         concurrent.futures.ThreadPoolExecutor(32) as pool,
         repository.holding(folder) as go,
     ):
@@ -348,7 +365,7 @@ def under_load(nodes: Nodes, root: Path, stays: int, goes: int, strike: Callable
                 assert not early, early
                 return len(list(folder.glob("held.*"))) == HELD
 
-            wait_for(all_held, 60, "all are held")
+            wait_for(all_held, LIMIT_S, "all are held")
             holding[goes] = [pool.submit(held, line) for line in found[goes][:HELD]]
             asking = {
                 pid: [pool.submit(steady, line) for line in lines[HELD:]]
@@ -398,6 +415,7 @@ def test_control_nothing_is_lost_when_no_node_dies(nodes: Nodes, root: Path) -> 
 def lose(nodes: Nodes, root: Path, node: Node) -> None:
     """Kills the node under load, and looks at what became of it."""
     stays, goes = routers_of(nodes, node)
+    all_loaded(nodes)
     dead = {model: spread(nodes, model)[node.node_id] for model in ("hold", "mlp")}
     whole = applications(nodes)
     with lines_to(nodes, {stays: 1}) as found:
@@ -418,10 +436,10 @@ def lose(nodes: Nodes, root: Path, node: Node) -> None:
         alive = HELD - dead["hold"]
         assert load.held[stays] == +Counter(ok=alive, ended=dead["hold"])
         assert load.held[goes] == Counter(lost=HELD)
-        # At each instance there at most one request ran, and one waited beside it.
+        # Each instance there had at most one request of each client, in whatever batches.
         assert set(load.steady[stays]) <= {"ok", "ended"} and load.steady[stays]["ok"]
-        assert load.steady[stays]["ended"] <= 2 * dead["mlp"]
-        assert set(load.steady[goes]) <= {"ok", "lost"} and load.steady[goes]["lost"] == 3
+        assert load.steady[stays]["ended"] <= STEADY * dead["mlp"]
+        assert set(load.steady[goes]) <= {"ok", "lost"} and load.steady[goes]["lost"] == STEADY
         for model, mine in (("hold", load.held[stays]), ("mlp", load.steady[stays])):
             now = line.counts(model)
             grown = [one - other for one, other in zip(now, before[model], strict=True)]
@@ -444,12 +462,12 @@ def test_a_new_node_takes_what_waited_for_one(nodes: Nodes) -> None:
         line, other = found[router]
         loading = pool.submit(line.control, "load", "wide")
         wait_for(lambda: other.index()["wide"] == "LOADING", 60, "it is being loaded")
-        wait_for(lambda: len(spread(nodes, "wide")) == 1, 60, "the one that has room is there")
+        wait_for(lambda: len(spread(nodes, "wide")) == 1, LIMIT_S, "the one that has room is there")
         assert not loading.done()
         node = nodes.add()
         assert loading.result(LIMIT_S) == 200
-        assert spread(nodes, "wide") == {one.node_id: 1 for one in nodes.workers}
-        wait_for(lambda: node in nodes.routers(), 60, "a Router on the new node")
+        wait_equal(lambda: spread(nodes, "wide"), {one.node_id: 1 for one in nodes.workers}, 60)
+        wait_for(lambda: node in nodes.routers(), LIMIT_S, "a Router on the new node")
         with lines_to(nodes, dict.fromkeys(nodes.routers().values(), 1)) as both:
             for (one,) in both.values():
                 assert one.infer("wide", [[5, 6]]) == (200, [5.0, 6.0])
@@ -460,5 +478,5 @@ def test_a_new_node_takes_what_waited_for_one(nodes: Nodes) -> None:
 
 def test_the_node_with_the_controller_is_no_exception(nodes: Nodes, root: Path) -> None:
     """Its models are adopted, and what its Router had counted is not forgotten."""
-    time.sleep(3.0)  # until each Router knows what the other one has counted
+    time.sleep(5.0)  # until each Router knows what the other one has counted
     lose(nodes, root, home_of_the_controller(nodes, True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pytest
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import Arrays, aio_client, infer_aio, loading
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
-SLOW_S, SOON_S, BETWEEN_S = 1.5, 0.7, 0.2
+HELD, SOON_S = -1.0, 0.7
 
 
 @pytest.fixture(scope="module")
@@ -34,30 +34,40 @@ def seconds(value: float) -> Arrays:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_who_came_first_is_answered_first(server: Server, ordered: str, protocol: str) -> None:
-    asyncio.run(_first_and_second(server, ordered, protocol))
+def test_who_came_first_is_answered_first(
+    server: Server, models_root: Path, ordered: str, protocol: str
+) -> None:
+    folders = [models_root / name for name in (ordered, "slow")]
+    with repository.holding(folders[0]) as go, repository.holding(folders[1]) as go_too:
+        asyncio.run(_first_and_second(server, folders, protocol, (go, go_too)))
 
 
-async def _first_and_second(server: Server, ordered: str, protocol: str) -> None:
-    """Both instances run one request each; `slow` is the control."""
+async def _first_and_second(
+    server: Server, folders: Sequence[Path], protocol: str, release: Sequence[Callable[[], None]]
+) -> None:
+    """Both instances run one request each, the first until it is released; `slow` is the
+    control."""
     client = aio_client(server, protocol)
 
     def send(value: float) -> dict[str, asyncio.Task[Any]]:
         return {
-            name: asyncio.create_task(infer_aio(client, name, seconds(value)))
-            for name in (ordered, "slow")
+            folder.name: asyncio.create_task(infer_aio(client, folder.name, seconds(value)))
+            for folder in folders
         }
 
+    def both_run() -> bool:
+        return all(repository.held(folder) for folder in folders)
+
     try:
-        first = send(SLOW_S)
-        await asyncio.sleep(BETWEEN_S)
+        first = send(HELD)
+        await asyncio.to_thread(wait_for, both_run, 20, "the first of each runs")
         second = send(0)
         await second["slow"]
-        assert not first["slow"].done() and not second[ordered].done()
-        await second[ordered]
-        # Not one and a half seconds later: it was there, or in the same instant.
-        await asyncio.wait_for(asyncio.shield(first[ordered]), SOON_S)
-        for answers, wanted in ((first, 2 * SLOW_S), (second, 0)):
+        await asyncio.sleep(SOON_S)  # in which the other has run as well
+        assert not any(task.done() for task in (*first.values(), second["ordered"]))
+        for go in release:
+            go()
+        for answers, wanted in ((first, 2 * HELD), (second, 0)):
             for answer in answers.values():
                 assert (await answer).as_numpy("t") == pytest.approx(wanted)
     finally:

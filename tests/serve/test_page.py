@@ -22,7 +22,7 @@ from tests import models
 from tests.serve import repository
 from tests.serve.clients import rows
 from tests.serve.conftest import BROKEN
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
 EVIL = "http://evil.example"
 MARKUP = "<img src=x onerror=alert(1)>"
@@ -52,7 +52,7 @@ def test_openapi_tells_of_what_is_loaded(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/openapi.json"])
 def test_documents_over_a_real_connection(server: Server, path: str) -> None:
-    with httpx.Client(base_url=f"http://{server.http}") as client:
+    with httpx.Client(base_url=f"http://{server.http}", timeout=60) as client:
         whole = client.get(path)
         head = client.head(path)
         again = client.get(path, headers={"if-none-match": whole.headers["etag"]})
@@ -70,7 +70,12 @@ def test_pages_of_other_sites_change_nothing(server: Server) -> None:
         """Others may be on their way out."""
         return [m for m in post(server, "/v2/repository/index").json() if m["name"] == "spare"]
 
-    before = spare()
+    def settled() -> list[Any]:
+        """And so may versions of this one that others have loaded."""
+        found = spare()
+        return [] if "UNLOADING" in {entry.get("state") for entry in found} else found
+
+    before = wait_for(settled, 90, "spare is not being unloaded")
     for headers in (
         {"origin": EVIL},
         {"origin": "null"},
@@ -78,7 +83,7 @@ def test_pages_of_other_sites_change_nothing(server: Server) -> None:
     ):
         reply = post(server, load, headers=headers)
         assert reply.status_code == 403 and "may not change this server" in reply.json()["error"]
-    assert before and spare() == before
+    assert spare() == before
     for headers in ({}, {"origin": f"http://{server.http}"}):
         assert post(server, load, headers=headers).status_code == 200
     assert post(server, "/v2/repository/models/spare/unload").status_code == 200
@@ -115,7 +120,7 @@ def browser() -> Iterator[Any]:
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with api.sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=chromium, args=quiet)
+        one = playwright.chromium.launch(executable_path=chromium, args=quiet, timeout=120_000)
         yield one
         one.close()
 
@@ -124,7 +129,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any, server: Server) -> Iterator[Any]:
     """The page, opened. What the browser complains of (a broken policy, say) is a failure."""
     context = browser.new_context()
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(60_000)
     one = context.new_page()
     complaints: list[str] = []
 
@@ -144,7 +149,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
 def eventually(locator: Any) -> Any:
     from playwright.sync_api import expect
 
-    expect.set_options(timeout=30_000)
+    expect.set_options(timeout=60_000)
     return expect(locator)
 
 

@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.serve.clients import aio_client, infer_aio, statistics
 from tests.serve.load import ROUTER_GONE, Target, pair_of, running
-from tests.serve.server import Server, kill, port_is_free, wait_for
+from tests.serve.server import Server, kill, port_is_free, runs, wait_for
 
 _PIDFD_GETFD = 438  # its number is the same on every architecture
 
@@ -32,8 +32,10 @@ def nap_replicas(server: Server) -> list[dict[str, Any]]:
 
 
 def whole(server: Server) -> list[dict[str, Any]]:
+    """Both replicas, once both Routers have a channel to each."""
+
     def both() -> list[dict[str, Any]]:
-        replicas = nap_replicas(server)
+        replicas = [r for r in nap_replicas(server) if r["details"].get("routers") == "2"]
         pids = {r["pid"] for r in replicas}
         return replicas if len(pids) == 2 and pids <= set(server.replica_pids("nap")) else []
 
@@ -74,6 +76,7 @@ def test_two_routers_never_overfill_a_replica(pair: Server, protocol: str) -> No
     """One batch that runs and one ahead is what an instance holds, whoever sends them; a client
     that leaves in between fails nobody else."""
     stop = threading.Event()
+    by_serve = {replica["pid"]: replica["details"]["by_serve"] for replica in whole(pair)}
 
     def leave() -> None:
         body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
@@ -90,9 +93,9 @@ def test_two_routers_never_overfill_a_replica(pair: Server, protocol: str) -> No
         leaver.join()
     for replica in whole(pair):
         details = replica["details"]
-        assert details["routers"] == "2"
         assert 1 <= int(details["peak_held"]) <= 2
-        assert int(details["by_channel"]) > 10 and details["by_serve"] == "0"
+        assert int(details["by_channel"]) > 10
+        assert details["by_serve"] == by_serve[replica["pid"]]
 
 
 def test_a_killed_replica_loses_only_what_it_held(pair: Server) -> None:
@@ -107,12 +110,16 @@ def test_a_broken_channel_loses_only_what_was_on_it(pair: Server) -> None:
     """All connections between Routers and replicas break at once; no process ends."""
     routers = pair.replica_pids("manta:Router")
     before = {replica["pid"] for replica in whole(pair)}
-    broken: list[int] = []
-    replies = load(pair, "http", 400, lambda: broken.extend(map(break_channels, routers)))
-    assert broken == [2, 2]  # to both replicas, from each Router
-    # Each had at most one batch that ran and one ahead, of at most four rows; the second Router's
-    # break a moment later, when its replicas may have given it what the first one had.
-    assert replies.count("ok") >= 400 - 32 and set(replies) <= {"ok", "503"}
+    for _ in range(5):  # all may be answered in the moment in which they break
+        whole(pair)
+        broken: list[int] = []
+        replies = load(pair, "http", 400, lambda b=broken: b.extend(map(break_channels, routers)))
+        assert broken == [2, 2]  # to both replicas, from each Router
+        # Each had at most one batch that ran and one ahead, of at most four rows; the second
+        # Router's break a moment later, when its replicas may have given it what the first one had.
+        assert replies.count("ok") >= 400 - 32 and set(replies) <= {"ok", "503"}
+        if "503" in replies:
+            break
     assert "503" in replies
     assert set(load(pair, "http", 100)) == {"ok"}
     assert {replica["pid"] for replica in whole(pair)} == before  # nobody died of it
@@ -146,35 +153,52 @@ def break_channels(pid: int) -> int:
 def test_a_killed_router_takes_its_haproxy_along_and_the_other_goes_on(pair: Server) -> None:
     victim = pair.replica_pids("manta:Router")[0]
     before = [process.pid for process in pair.haproxies()]
-    own = [p.pid for p in pair.haproxies() if p.ppid() == victim]
+    own = [process for process in pair.haproxies() if process.ppid() == victim]
     assert len(before) == 2 and len(own) == 1
     with running(pair, [Target("nap", "x", "y", pair_of)], clients=6) as going:
         struck_s = time.monotonic()
         kill(victim)
-        wait_for(lambda: not psutil.pid_exists(own[0]), 10, "its HAProxy is gone")
+        wait_for(lambda: not runs(own[0]), 30, "its HAProxy is gone")
         gone_s = time.monotonic()
         going.wait_back(struck_s)
         print(f"\none of two Routers: {going.codes()}, {going.recovered_s(struck_s)}")
-        wait_for(lambda: len(pair.haproxies()) == 2, 60, "the new Router has one of its own")
+        wait_for(
+            lambda: sum(map(runs, pair.haproxies())) == 2, 120, "the new Router has one of its own"
+        )
         print(f"replaced after {time.monotonic() - struck_s:.1f} s")
         going.wait_ok()
     for protocol, gone in ROUTER_GONE.items():
         assert set(going.lost(protocol=protocol)) <= gone
-    # What it had in work; whoever asks after that is answered by the other one.
-    assert all(one.begun_s < gone_s for one in going.sent if one.outcome not in ("ok", ""))
+    # What it had in work; whoever asks after that is answered by the other one. gRPC's channels
+    # may wait a second before they connect again, and fail what is asked meanwhile.
+    failed = [one for one in going.sent if one.outcome not in ("ok", "")]
+    assert all(one.begun_s < gone_s for one in failed if one.protocol == "http")
+    assert not going.relapses(gone_s)
+
+
+def settled(client: httpclient.InferenceServerClient) -> int:
+    """How many requests have succeeded, once what earlier tests left is told."""
+    seen = [-1]
+
+    def same() -> bool:
+        seen.append(statistics(client, "nap")["success"])
+        time.sleep(3)
+        return statistics(client, "nap")["success"] == seen[-1]
+
+    wait_for(same, 60, "the counts rest")
+    return seen[-1]
 
 
 def test_statistics_of_two_routers_are_exact(pair: Server) -> None:
-    time.sleep(2)  # what earlier tests left is told by then
     with contextlib.closing(httpclient.InferenceServerClient(pair.http)) as client:
-        before = statistics(client, "nap")
+        before = settled(client)
         assert set(load(pair, "http", 120)) == {"ok"}
 
         def counted() -> int:
-            return statistics(client, "nap")["success"] - before["success"]
+            return statistics(client, "nap")["success"] - before
 
         # The Router that is not asked tells once a second what it has counted.
-        wait_for(lambda: counted() >= 120, 10, "both Routers have told")
+        wait_for(lambda: counted() >= 120, 60, "both Routers have told")
         assert counted() == 120
 
 
@@ -183,5 +207,5 @@ def test_a_killed_command_leaves_no_process_and_no_port(pair: Server) -> None:
     family = pair.descendants()
     assert len(family) > 5
     pair.send(signal.SIGKILL)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive and port_is_free(pair.http_port)

@@ -14,7 +14,7 @@ import pytest
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer_aio, loading, rows
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import Server, manta_serve, wait_equal, wait_for
 
 GROUPS = {
     "first": ("instance_group [ { kind: KIND_GPU gpus: [ 0 ] } ]", "0.25"),
@@ -64,31 +64,40 @@ def by_model(peeked: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def test_groups_land_where_they_are_listed_with_the_fractions_asked_for(placed: Server) -> None:
-    peeked = placed.peek()
-    placed_at = by_model(peeked)
-    assert placed_at.pop("nap") == ["", ""]
-    assert placed_at == {
+    wanted = {
+        "nap": ["", ""],
         "first": ["0"],
         "second": ["1"],
         "both": ["0", "0", "1", "1"],
         "auto": ["0", "1"],  # no group: one instance on every GPU
         "mixed": ["", "0", "1", "1"],
     }
-    total, free = peeked["resources"]
-    used = {name: round(total[name] - free.get(name, 0.0), 4) for name in total}
+    wait_equal(lambda: by_model(placed.peek()), wanted, 60)
     each = 0.25 + 2 * 0.1 + 0.05 + 0.02
-    assert used["manta_gpu_0"] == round(each, 4)
-    assert used["manta_gpu_1"] == round(each + 0.02, 4)  # a passive instance has its share too
-    assert used["GPU"] == round(2 * each + 0.02, 4)
+    shares = {
+        "manta_gpu_0": round(each, 4),
+        "manta_gpu_1": round(each + 0.02, 4),  # a passive instance has its share too
+        "GPU": round(2 * each + 0.02, 4),
+    }
+
+    def used() -> dict[str, float]:
+        total, free = placed.peek()["resources"]
+        return {name: round(total[name] - free.get(name, 0.0), 4) for name in shares}
+
+    wait_equal(used, shares, 60)  # Ray hears of it from its nodes now and then
 
 
 def test_groups_of_different_kinds_answer_together(placed: Server) -> None:
     """Each of them, and never the passive one, which holds the second GPU as another does."""
     pids: dict[str, set[int]] = {}
-    for replica in placed.peek()["replicas"]:
-        if replica["application"].startswith("manta.mixed."):
-            pids.setdefault(replica["deployment"], set()).add(replica["pid"])
-    assert set(pids) == {"host", "cards_gpu0", "cards_gpu1", "spare_gpu1"}
+
+    def deployments() -> set[str]:
+        for replica in placed.peek()["replicas"]:
+            if replica["application"].startswith("manta.mixed."):
+                pids.setdefault(replica["deployment"], set()).add(replica["pid"])
+        return set(pids)
+
+    wait_equal(deployments, {"host", "cards_gpu0", "cards_gpu1", "spare_gpu1"}, 60)
     active = pids["host"] | pids["cards_gpu0"] | pids["cards_gpu1"]
     answered: set[int] = set()
 
@@ -122,5 +131,6 @@ def test_models_on_logical_gpus_answer(placed: Server) -> None:
     }
     for name in GROUPS:
         for _ in range(4):
-            reply = httpx.post(f"http://{placed.http}/v2/models/{name}/infer", json=body)
+            address = f"http://{placed.http}/v2/models/{name}/infer"
+            reply = httpx.post(address, json=body, timeout=60)
             assert reply.status_code == 200

@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests import models
 from tests.serve import repository
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import Server, manta_serve, wait_equal, wait_for
 from tests.serve.times import (
     LOAD_S,
     asking,
@@ -111,9 +111,13 @@ def test_a_configuration_of_the_chosen_name(clients: tuple[Any, Any]) -> None:
 def test_a_load_that_fails_is_tried_again(polled: Server, clients: tuple[Any, Any]) -> None:
     for client in clients:
         assert client.is_model_ready("flaky") and factor(client, "flaky") == 1
-    lines = [line for line in polled.output().splitlines() if "'flaky'" in line]
-    told = [line for line in lines if line.endswith("it is tried again")]
-    assert len(told) == 1 and "the first time it does not load" in told[0]
+
+    def told() -> list[str]:
+        lines = [line for line in polled.output().splitlines() if "'flaky'" in line]
+        return [line for line in lines if line.endswith("it is tried again")]
+
+    wait_for(told, 30, "the failure is told")
+    assert len(told()) == 1 and "the first time it does not load" in told()[0]
 
 
 def test_twins_are_unavailable_until_one_of_them_is_gone(
@@ -129,7 +133,8 @@ def test_twins_are_unavailable_until_one_of_them_is_gone(
     becomes(http, "twin", 4)
     shutil.copytree(roots[0] / "twin", roots[1] / "twin")
     wait_for(lambda: not http.is_model_ready("twin"), LOAD_S, "twin is unavailable")
-    assert entries(http, "twin") == duplicate
+    # With the reason, after it has left.
+    wait_equal(lambda: entries(http, "twin"), duplicate, LOAD_S)
     refused(lambda: factor(http, "twin"), "404", "no available versions")
     shutil.rmtree(roots[0] / "twin")
     becomes(http, "twin", 4)
@@ -140,7 +145,7 @@ def test_models_versions_files_and_configurations_are_followed(
 ) -> None:
     http, grpc = clients
     _, root = roots
-    steady = replicas(polled, "steady")
+    steady = wait_for(lambda: replicas(polled, "steady"), 60, "steady has a replica")
     write_times(root, "moving", 2)
     repository.write_config(root, "moving", times_config())
     becomes(http, "moving", 2)
@@ -170,7 +175,8 @@ def test_models_versions_files_and_configurations_are_followed(
     wait_for(lambda: not grpc.is_model_ready("moving"), LOAD_S, "it is gone")
     for client in clients:
         refused(lambda client=client: factor(client, "moving"), "404", "no available versions")
-    assert replicas(polled, "steady") == steady  # all this was none of its business
+    # All this was none of its business.
+    wait_equal(lambda: replicas(polled, "steady"), steady, 60)
 
 
 def test_what_cannot_be_loaded_leaves_the_old_one_until_it_can(
@@ -198,7 +204,7 @@ def test_what_cannot_be_loaded_leaves_the_old_one_until_it_can(
 def test_what_is_only_touched_is_not_loaded_again(
     polled: Server, roots: tuple[Path, Path], clients: tuple[Any, Any]
 ) -> None:
-    before = replicas(polled, "steady")
+    before = wait_for(lambda: replicas(polled, "steady"), 60, "steady has a replica")
     folder = roots[0] / "steady"
     (folder / "1" / "model.py").touch()
     (folder / "config.pbtxt").write_text((folder / "config.pbtxt").read_text() + "# a comment\n")
@@ -207,4 +213,4 @@ def test_what_is_only_touched_is_not_loaded_again(
     repository.write_config(roots[1], "witness", times_config())
     becomes(clients[0], "witness", 6)
     time.sleep(2)
-    assert replicas(polled, "steady") == before
+    wait_equal(lambda: replicas(polled, "steady"), before, 60)

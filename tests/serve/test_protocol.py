@@ -79,7 +79,9 @@ def test_infer_json_tensors(server: Server) -> None:
         ],
         "outputs": [{"name": "OUTPUT__0"}],
     }
-    reply = httpx.post(f"http://{server.http}/v2/models/mlp/versions/1/infer", json=body)
+    reply = httpx.post(
+        f"http://{server.http}/v2/models/mlp/versions/1/infer", json=body, timeout=60
+    )
     assert reply.status_code == 200
     output = reply.json()["outputs"][0]
     with torch.inference_mode():
@@ -187,7 +189,7 @@ PATHS = [
 def test_unknown_paths_and_methods(
     server: Server, method: str, path: str, code: int, text: str
 ) -> None:
-    reply = httpx.request(method, f"http://{server.http}{path}")
+    reply = httpx.request(method, f"http://{server.http}{path}", timeout=60)
     assert reply.status_code == code
     assert reply.headers["content-type"] == "application/json"
     assert text in reply.json()["error"]
@@ -195,9 +197,10 @@ def test_unknown_paths_and_methods(
 
 def test_malformed_json_is_500_and_nothing_is_lost(server: Server) -> None:
     url = f"http://{server.http}/v2/models/mlp/infer"
-    reply = httpx.post(url, content=b'{"inputs": [')
+    reply = httpx.post(url, content=b'{"inputs": [', timeout=60)
     assert reply.status_code == 500 and "parse" in reply.json()["error"]
-    reply = httpx.post(url, content=b"{}", headers={"Inference-Header-Content-Length": "-3"})
+    headers = {"Inference-Header-Content-Length": "-3"}
+    reply = httpx.post(url, content=b"{}", headers=headers, timeout=60)
     assert reply.status_code == 400
     assert server.live()
 
@@ -209,7 +212,7 @@ def test_readiness_paths_for_kuberay(server: Server) -> None:
 
 def test_statistics_and_metrics_agree(server: Server, http: Any) -> None:
     stats = http.get_inference_statistics("mlp")["model_stats"][0]
-    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics").text
+    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).text
     line = 'nv_inference_request_success{model="mlp",version="1"} '
     assert f"{line}{stats['inference_stats']['success']['count']}\n" in text
     assert 'nv_inference_request_failure{model="mlp",reason="REJECTED",version="1"} 0' in text
@@ -217,7 +220,7 @@ def test_statistics_and_metrics_agree(server: Server, http: Any) -> None:
 
 def test_the_port_of_metrics_has_one_page(server: Server) -> None:
     url = f"http://127.0.0.1:{server.metrics_port}"
-    reply = httpx.get(f"{url}/metrics")
+    reply = httpx.get(f"{url}/metrics", timeout=60)
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
     for method, path, code in (
         ("POST", "/metrics", 405),
@@ -225,7 +228,7 @@ def test_the_port_of_metrics_has_one_page(server: Server) -> None:
         ("GET", "/v2/health/ready", 404),
         ("POST", "/v2/models/mlp/infer", 404),
     ):
-        reply = httpx.request(method, url + path)
+        reply = httpx.request(method, url + path, timeout=60)
         assert reply.status_code == code and list(reply.json()) == ["error"]
 
 
@@ -247,7 +250,7 @@ def test_repository_index_tells_the_reasons(server: Server, http: Any, grpc: Any
 
 def test_index_of_ready_models_only(server: Server) -> None:
     url = f"http://{server.http}/v2/repository/index"
-    ready = httpx.post(url, json={"ready": True}).json()
+    ready = httpx.post(url, json={"ready": True}, timeout=60).json()
     assert {"mlp", "seed"} <= {entry["name"] for entry in ready}
     assert all(entry["state"] == "READY" for entry in ready)
-    assert httpx.post(url, json={"ready": "yes"}).status_code == 400
+    assert httpx.post(url, json={"ready": "yes"}, timeout=60).status_code == 400

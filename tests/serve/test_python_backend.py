@@ -164,7 +164,8 @@ class TritonPythonModel:
 )
 
 PYTHON = 'backend: "python"'
-HELD = "dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 400000 }\n"
+# So long that four rows are one batch, however slowly they come: all requests here bring as many.
+HELD = "dynamic_batching { preferred_batch_size: [ 4 ] max_queue_delay_microseconds: 20000000 }\n"
 NAMES = ("reader", "teller", "round", "bare")
 
 
@@ -222,12 +223,12 @@ def direct(numbers: np.ndarray) -> np.ndarray:
 
 
 def test_strings_go_in_another_model_is_asked_and_strings_come_out(client: Any) -> None:
-    numbers = rows(3, 8)
+    numbers = rows(4, 8)
     reply = infer(client, "reader", {"text": texts(numbers)})
     wanted = direct(numbers)
     np.testing.assert_allclose(reply.as_numpy("scores"), wanted, rtol=1e-5, atol=1e-5)
     labels = reply.as_numpy("labels")
-    assert labels.shape == (3, 2)
+    assert labels.shape == (4, 2)
     for row, (label, best) in zip(wanted, labels, strict=True):
         assert label.decode() == f"class {row.argmax()}"
         assert float(best) == pytest.approx(float(row.max()), abs=1e-3)
@@ -236,22 +237,22 @@ def test_strings_go_in_another_model_is_asked_and_strings_come_out(client: Any) 
 def test_strings_in_json_too(server: Server) -> None:
     import httpx
 
-    numbers = rows(1, 8)
+    numbers = rows(4, 8)
     body = {
         "inputs": [
             {
                 "name": "text",
                 "datatype": "BYTES",
-                "shape": [1, 1],
-                "data": [texts(numbers)[0, 0].decode()],
+                "shape": [4, 1],
+                "data": [text.decode() for (text,) in texts(numbers)],
             }
         ],
         "outputs": [{"name": "labels"}],
     }
     reply = httpx.post(f"http://{server.http}/v2/models/reader/infer", json=body, timeout=60)
     (output,) = reply.json()["outputs"]
-    assert output["shape"] == [1, 2]
-    assert output["data"][0] == f"class {direct(numbers)[0].argmax()}"
+    assert output["shape"] == [4, 2]
+    assert output["data"][::2] == [f"class {row.argmax()}" for row in direct(numbers)]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_each_error_has_its_status_and_no_path(
     client: Any, word: str, status: str, reason: str
 ) -> None:
     with pytest.raises(InferenceServerException) as caught:
-        infer(client, "reader", {"text": np.array([[word.encode()]], object)})
+        infer(client, "reader", {"text": np.array([[word.encode()]] * 4, object)})
     assert reason in caught.value.message()
     assert "Traceback" not in caught.value.message() and "/1/" not in caught.value.message()
     numbers = {"INTERNAL": "500", "NOT_FOUND": "404"}

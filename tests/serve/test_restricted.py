@@ -25,7 +25,8 @@ from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, inputs, rows
-from tests.serve.server import BIN, Server, manta_serve, wait_for
+from tests.serve.server import BIN, START_S, Server, manta_serve, wait_for
+from tests.serve.test_streams import pending
 
 WAITING = 4  # requests for one model
 INFER_VALUE, ADMIN_VALUE = "1nf3r-v4lue", "4dm1n-v4lue"
@@ -40,7 +41,7 @@ GRPC = {
 @pytest.fixture(scope="module")
 def closed(models_root: Path) -> Iterator[Server]:
     flags = ["--model-control-mode=explicit", "--load-model=mlp", "--log-verbose=1"]
-    flags += ["--load-model=slow", f"--max-queue-requests={WAITING}", "--max-queue-secs=2"]
+    flags += ["--load-model=slow", f"--max-queue-requests={WAITING}", "--max-queue-secs=5"]
     flags += [f"--http-restricted-api={group}" for group in GROUPS]
     flags += [f"--grpc-restricted-protocol={group}" for group in GROUPS]
     flags += ["--grpc-infer-response-compression-level=high", "--grpc-keepalive-time=60000"]
@@ -52,7 +53,7 @@ def closed(models_root: Path) -> Iterator[Server]:
 @pytest.fixture(params=["http", "grpc"])
 def client(request: pytest.FixtureRequest, closed: Server) -> Iterator[Any]:
     if request.param == "http":
-        one = httpclient.InferenceServerClient(closed.http)
+        one = httpclient.InferenceServerClient(closed.http, network_timeout=120)
     else:
         one = grpcclient.InferenceServerClient(closed.grpc)
     yield one
@@ -109,15 +110,18 @@ def test_each_operation_of_a_group_wants_it_and_others_do_not(client: Any) -> No
 
 def test_refused_loads_load_nothing(closed: Server) -> None:
     index = f"http://{closed.http}/v2/repository/index"
-    states = {
-        entry["name"]: entry.get("state")
-        for entry in httpx.post(index, headers=HTTP["admin"]).json()
-    }
+
+    def states() -> dict[str, Any]:
+        entries = httpx.post(index, headers=HTTP["admin"], timeout=60).json()
+        return {entry["name"]: entry.get("state") for entry in entries}
+
+    # The model of the test before may still leave.
+    wait_for(lambda: "UNLOADING" not in states().values(), 120, "no model leaves")
+    before = states()
     for path in ("load", "load/", "/load", "%6coad", "LOAD"):
-        reply = httpx.post(f"http://{closed.http}/v2/repository/models/big/{path}")
+        reply = httpx.post(f"http://{closed.http}/v2/repository/models/big/{path}", timeout=60)
         assert reply.status_code in (403, 404)
-    now = httpx.post(index, headers=HTTP["admin"]).json()
-    assert {entry["name"]: entry.get("state") for entry in now} == states
+    assert states() == before
 
 
 def test_streams_are_restricted_as_infer_calls_are(closed: Server) -> None:
@@ -180,7 +184,11 @@ def test_who_finds_the_queue_full_and_who_waits_in_it_too_long(
     async def use(go: Callable[[], None]) -> Counter[str]:
         async with aio_client(closed, protocol) as one:
             asked = [asyncio.create_task(ask(one, -1.0)) for _ in range(16)]
-            while sum(call.done() for call in asked) < 16 - 4:
+            # Until all that wait have waited too long.
+            while (
+                sum(call.done() for call in asked) < 16 - 4
+                or (await asyncio.to_thread(pending, closed)) > 0
+            ):
                 await asyncio.sleep(0.05)
             go()
             told = Counter(await asyncio.gather(*asked))
@@ -188,7 +196,7 @@ def test_who_finds_the_queue_full_and_who_waits_in_it_too_long(
             return told
 
     with repository.holding(closed.repository / "slow") as go:
-        told = asyncio.run(asyncio.wait_for(use(go), 60))
+        told = asyncio.run(asyncio.wait_for(use(go), 120))
     full = f"[request id: <id_unknown>] Exceeds maximum queue size: {WAITING} requests wait for"
     late = "[request id: <id_unknown>] Request timeout expired: model 'slow' had no free instance"
     assert 16 - WAITING - 4 <= told[f"{full} model 'slow'"] <= 16 - WAITING - 2, told
@@ -203,11 +211,16 @@ def test_what_haproxy_does_not_take_was_warned_of(closed: Server) -> None:
 def test_the_values_are_nowhere_to_be_read(closed: Server) -> None:
     """Last: all of the above is in the logs by now."""
     infer_reply = httpx.post(
-        f"http://{closed.http}/v2/models/mlp/infer", headers=HTTP["inference"], content=b"{"
+        f"http://{closed.http}/v2/models/mlp/infer",
+        headers=HTTP["inference"],
+        content=b"{",
+        timeout=60,
     )
     assert infer_reply.status_code == 500
-    config = httpx.get(f"http://{closed.http}/v2/models/mlp/config", headers=HTTP["admin"])
-    metrics = httpx.get(f"http://127.0.0.1:{closed.metrics_port}/metrics")
+    config = httpx.get(
+        f"http://{closed.http}/v2/models/mlp/config", headers=HTTP["admin"], timeout=60
+    )
+    metrics = httpx.get(f"http://127.0.0.1:{closed.metrics_port}/metrics", timeout=60)
     shown = [closed.output(), config.text, infer_reply.text, metrics.text]
     logs = [path for path in closed.folder.rglob("*") if path.is_file() and "logs" in path.parts]
     assert logs
@@ -234,7 +247,7 @@ def test_wrong_groups_end_the_start(models_root: Path, groups: list[str]) -> Non
         [str(BIN / "manta"), "serve", f"--model-repository={models_root}", *groups],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=START_S,
     )
     assert done.returncode == 1 and "restricted" in done.stderr
     assert "v4lue" not in done.stderr + done.stdout

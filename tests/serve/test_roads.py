@@ -21,7 +21,8 @@ from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, inputs, rows
-from tests.serve.server import Server, manta_serve, port_is_free
+from tests.serve.server import GONE_S, Server, manta_serve, port_is_free, wait_for
+from tests.serve.test_streams import pending
 
 MODELS = ("mlp", "eager_mlp", "seed", "strings", "big")
 PLAIN = ("--batching=direct", "--local-channel=false", "--http-lane=false", "--grpc-lane=false")
@@ -96,9 +97,17 @@ def test_the_bits_are_torchs_own(server: Server) -> None:
 
 def test_each_server_takes_the_roads_that_it_is_told(server: Server, plain: Server) -> None:
     """Or the comparison above would compare a road with itself."""
-    for one, road, other in ((server, "by_channel", "by_serve"), (plain, "by_serve", "by_channel")):
+
+    def batches(one: Server, road: str) -> int:
         details = [r["details"] for r in one.peek()["replicas"] if ".mlp." in r["application"]]
-        assert int(details[0][road]) > 0 and int(details[0][other]) == 0
+        return int(details[0][road])
+
+    # A replica tells it once a second.
+    wait_for(lambda: batches(server, "by_channel"), 60, "the short road was taken")
+    wait_for(lambda: batches(plain, "by_serve"), 60, "the other road was taken")
+    assert batches(plain, "by_channel") == 0
+    # Serve may stand in until there is a channel.
+    assert batches(server, "by_channel") > batches(server, "by_serve")
     assert len(server.haproxies()) == 1 and plain.haproxies() == []
 
 
@@ -140,9 +149,12 @@ def check_off(client: Any, module: Any) -> None:
 def test_ctrl_c_reaches_the_whole_group_and_ends_well(plain: Server) -> None:
     """A terminal sends SIGINT to every process of the foreground group, Ray's among them. The last
     test of this server."""
-    with contextlib.closing(httpclient.InferenceServerClient(plain.http)) as client:
+    with contextlib.closing(
+        httpclient.InferenceServerClient(plain.http, network_timeout=120)
+    ) as client:
         client.load_model("slow")
     plain.stop_peeking()
+    folder = plain.repository / "slow"
     family = plain.descendants()
 
     async def run(go: Callable[[], None]) -> list[Any]:
@@ -153,15 +165,21 @@ def test_ctrl_c_reaches_the_whole_group_and_ends_well(plain: Server) -> None:
                 asyncio.create_task(infer_aio(client, "slow", each))
                 for each in (held, held, soon, soon, soon, soon)
             ]
-            await asyncio.sleep(0.7)
+
+            def accepted() -> bool:
+                """Two run, and the others wait, unless they came before and have been answered."""
+                rest = pending(plain) + sum(call.done() for call in calls)
+                return len(repository.held(folder)) == 2 and rest == 4
+
+            await asyncio.to_thread(wait_for, accepted, 60, "the server has them all")
             os.killpg(plain.process.pid, signal.SIGINT)
             await asyncio.sleep(0.4)
             go()
             return await asyncio.gather(*calls)
 
-    with repository.holding(plain.repository / "slow") as go:
+    with repository.holding(folder) as go:
         replies = asyncio.run(run(go))
     assert [reply.as_numpy("t").shape for reply in replies] == [(1, 1)] * 6
     assert plain.process.wait(90) == 0
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=GONE_S)
     assert not alive and port_is_free(plain.http_port)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,7 +22,10 @@ from tritonclient.utils import InferenceServerException
 from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer_aio
-from tests.serve.server import Server, manta_serve, wait_for
+from tests.serve.server import Server, manta_serve, wait_equal, wait_for
+
+# Each waits for several processes to start, one after the other.
+pytestmark = pytest.mark.timeout(600)
 
 BURST = {
     "min_count": 1,
@@ -34,6 +38,7 @@ ZERO = {"min_count": 0, "max_count": 2, "downscale_delay_s": 1}
 TWO = "instance_group [ { kind: KIND_CPU count: 2 } ]\n"
 SECONDS = 0.05
 LONG_S = 7.0
+MOST_PAUSES = 30
 
 
 def scaled(**fields: Any) -> str:
@@ -48,6 +53,8 @@ def scaling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for name in ("sleeper", "brittle", "woken"):
         repository.write_who(root, name, scaled(**ZERO))
     flags = ["--router-replicas=2", "--model-control-mode=explicit", "--load-model=*"]
+    # What waits for a replica to start, and what is held, is not judged by how long that takes.
+    flags += ["--max-queue-secs=240", "--max-execution-secs=240"]
     with manta_serve(root, *flags) as one:
         one.wait_ready()
         wait_for(lambda: len(one.replica_pids("manta:Router")) == 2, 60, "two Routers")
@@ -64,6 +71,11 @@ def replicas(server: Server, name: str) -> tuple[int, int]:
         if sample.labels.get("model") == name
     }
     return int(values["manta_replicas_wanted"]), int(values["manta_replicas_running"])
+
+
+def settles(server: Server, name: str, wanted: tuple[int, int]) -> None:
+    """A replica that is busy may count as gone until it speaks again."""
+    wait_equal(lambda: replicas(server, name), wanted, 60)
 
 
 def processes(server: Server, name: str) -> int:
@@ -120,6 +132,11 @@ async def clients(server: Server, name: str, count: int) -> AsyncIterator[Client
         await one.end()
 
 
+def told(server: Server, pattern: str) -> None:
+    """`manta serve` asks the Controller now and then what there is to tell."""
+    wait_for(lambda: re.search(pattern, server.output()), 60, f"the log has {pattern}")
+
+
 async def until(server: Server, name: str, wanted: tuple[int, int]) -> list[tuple[int, int]]:
     """All that was seen on the way."""
     seen: list[tuple[int, int]] = []
@@ -128,13 +145,14 @@ async def until(server: Server, name: str, wanted: tuple[int, int]) -> list[tupl
         seen.append(replicas(server, name))
         return seen[-1] == wanted
 
-    await asyncio.to_thread(wait_for, reached, 90, f"{name} has {wanted}")
+    await asyncio.to_thread(wait_for, reached, 120, f"{name} has {wanted}")
     return seen
 
 
 def test_a_burst_scales_up_quiet_scales_down_and_no_request_is_lost(scaling: Server) -> None:
     async def run() -> None:
-        assert replicas(scaling, "burst") == replicas(scaling, "fixed") == (1, 1)
+        settles(scaling, "burst", (1, 1))
+        settles(scaling, "fixed", (1, 1))
         async with clients(scaling, "burst", 12) as burst, clients(scaling, "fixed", 12) as fixed:
             began = time.monotonic()
             await until(scaling, "burst", (3, 3))
@@ -143,7 +161,7 @@ def test_a_burst_scales_up_quiet_scales_down_and_no_request_is_lost(scaling: Ser
             await asyncio.to_thread(
                 wait_for, lambda: len(set(burst.pids[before:])) == 3, 60, "all three answer"
             )
-            assert replicas(scaling, "fixed") == (1, 1)  # the control
+            await asyncio.to_thread(settles, scaling, "fixed", (1, 1))  # the control
             await asyncio.gather(burst.begin(2), fixed.end())
             # Whoever leaves first may be at work.
             await asyncio.to_thread(
@@ -164,9 +182,10 @@ def test_a_burst_scales_up_quiet_scales_down_and_no_request_is_lost(scaling: Ser
         assert len(set(fixed.pids)) == 1
 
     asyncio.run(run())
-    told = scaling.output()
-    assert "model 'burst' version 1 is scaled from 1 to 3 (" in told
-    assert "model 'fixed' version 1 is scaled" not in told
+    # By way of 2 where the burst is slow to come.
+    told(scaling, r"model 'burst' version 1 is scaled from 1 to [23] \(")
+    told(scaling, r"model 'burst' version 1 is scaled from [12] to 3 \(")
+    assert "model 'fixed' version 1 is scaled" not in scaling.output()
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -196,19 +215,27 @@ def test_a_model_at_zero_is_ready_and_answers_whoever_asks(scaling: Server, prot
 def test_requests_that_come_just_when_the_last_replica_goes_are_answered(
     scaling: Server,
 ) -> None:
-    """Pauses about as long as it takes to fall asleep."""
-    asleep = "model 'sleeper' version 1 is scaled from 1 to 0 ("
-    before = scaling.output().count(asleep)
+    """Pauses about as long as it takes to fall asleep: ten, and longer ones until it has done so
+    before a request."""
+    asleep = re.compile(r"model 'sleeper' version 1 is scaled from [12] to 0 \(")
 
-    async def run() -> None:
+    def slept() -> int:
+        return len(asleep.findall(scaling.output()))
+
+    async def run() -> int:
         asked = {"s": np.full((1, 1), SECONDS, np.float32)}
         async with aio_client(scaling, "http") as client:
-            for number in range(10):
-                assert (await infer_aio(client, "sleeper", asked)).as_numpy("pid")[0, 0] > 0
+            assert (await infer_aio(client, "sleeper", asked)).as_numpy("pid")[0, 0] > 0
+            before = slept()
+            for number in range(MOST_PAUSES):
                 await asyncio.sleep(1.0 + 0.15 * number)
+                found = slept() - before
+                assert (await infer_aio(client, "sleeper", asked)).as_numpy("pid")[0, 0] > 0
+                if number >= 9 and found:
+                    break
+        return found
 
-    asyncio.run(run())
-    assert scaling.output().count(asleep) > before
+    assert asyncio.run(run())
 
 
 def test_what_wakes_and_does_not_load_fails_its_requests_clearly(scaling: Server) -> None:
@@ -263,14 +290,17 @@ def test_a_long_request_outlives_the_replica_that_is_sent_away(scaling: Server) 
         )
         repository.write_config(scaling.repository, "long", text)
 
+    def hold(count: int) -> None:
+        wait_for(lambda: len(repository.held(folder)) == count, 60, f"{count} hold a request")
+
     async def run(go: Callable[[], None]) -> None:
         asked = {"s": np.full((1, 1), -1.0, np.float32)}
         async with aio_client(scaling, "http") as client:
             await client.load_model("long")
-            replies = [asyncio.create_task(infer_aio(client, "long", asked)) for _ in range(2)]
-            await asyncio.to_thread(
-                wait_for, lambda: len(repository.held(folder)) == 2, 60, "both hold a request"
-            )
+            replies = []
+            for count in (1, 2):  # the second knows that one replica is busy
+                replies.append(asyncio.create_task(infer_aio(client, "long", asked)))
+                await asyncio.to_thread(hold, count)
             write(1)
             await client.load_model("long")
             await asyncio.to_thread(
@@ -287,9 +317,9 @@ def test_a_long_request_outlives_the_replica_that_is_sent_away(scaling: Server) 
     write(2)
     with repository.holding(folder) as go:
         asyncio.run(run(go))
-    told = scaling.output()
-    assert "model 'long' version 1 is resized (" in told
-    assert told.count("model 'long' version 1 is READY after") == 1  # the same processes
+    told(scaling, r"model 'long' version 1 is resized \(")
+    loaded = scaling.output().count("model 'long' version 1 is READY after")
+    assert loaded == 1  # the same processes
 
 
 def test_another_controller_finds_a_model_at_zero_and_wakes_it(scaling: Server) -> None:
@@ -301,9 +331,9 @@ def test_another_controller_finds_a_model_at_zero_and_wakes_it(scaling: Server) 
         async with aio_client(scaling, "http") as client:
             assert await client.is_model_ready("woken")
             assert (await infer_aio(client, "woken", asked)).as_numpy("pid")[0, 0] > 0
-        assert "model 'woken' version 1 is adopted" in scaling.output()
-        assert scaling.output().count("model 'woken' version 1 is READY after") == 1
 
     asyncio.run(run())
+    told(scaling, "model 'woken' version 1 is adopted")
+    assert scaling.output().count("model 'woken' version 1 is READY after") == 1
     wait_for(scaling.ready, 60, "the server is ready")
     assert scaling.stop() == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tests import models
 from tests.serve import repository
 from tests.serve.clients import aio_client, infer, infer_aio, rows
 from tests.serve.cluster import shipped
-from tests.serve.server import BIN, Server, free_ports, profile
+from tests.serve.server import BIN, Server, free_ports, profile, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,17 @@ def serve_run(request: pytest.FixtureRequest, one_model: Path, tmp_path: Path) -
         family = server.descendants()
         server.send(signal.SIGINT)
         try:
-            server.process.wait(90)
+            server.process.wait(120)
             psutil.wait_procs(family, timeout=30)
         finally:
             server.close()
+
+
+def is_ready(client: Any) -> bool:
+    """Serve's proxy opens its ports one after the other."""
+    with contextlib.suppress(InferenceServerException):
+        return bool(client.is_server_ready())
+    return False
 
 
 def test_serve_run_answers_http_and_grpc(serve_run: Server) -> None:
@@ -75,7 +84,8 @@ def test_serve_run_answers_http_and_grpc(serve_run: Server) -> None:
         httpclient.InferenceServerClient(serve_run.http),
         grpcclient.InferenceServerClient(serve_run.grpc),
     ):
-        assert client.is_server_ready() and client.is_model_ready("mlp")
+        wait_for(partial(is_ready, client), 60, "both of its ports are open")
+        assert client.is_model_ready("mlp")
         reply = infer(client, "mlp", {"INPUT__0": x}).as_numpy("OUTPUT__0")
         np.testing.assert_allclose(reply, expected, atol=1e-5)
         with pytest.raises(InferenceServerException) as caught:

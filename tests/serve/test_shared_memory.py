@@ -356,10 +356,10 @@ def test_malformed_registrations(server: Server) -> None:
         ("/register", b'{"key":"k","byte_size":1}', 400),
         ("/region/a/b/register", b'{"key":"k","byte_size":1}', 404),
     ):
-        reply = httpx.post(url + path, content=content)
+        reply = httpx.post(url + path, content=content, timeout=60)
         assert reply.status_code == code and list(reply.json()) == ["error"], reply.text
-    assert httpx.post(f"{url}/status").status_code == 405
-    assert httpx.get(f"{url}/status").json() == []
+    assert httpx.post(f"{url}/status", timeout=60).status_code == 405
+    assert httpx.get(f"{url}/status", timeout=60).json() == []
 
 
 # --- inference, abused ----------------------------------------
@@ -407,7 +407,7 @@ def test_sums_that_overflow(server: Server, client: Any) -> None:
                 "shared_memory_offset": offset,
             }
             one = {"name": "x", "datatype": "FP32", "shape": [1, 16], "parameters": given}
-            reply = httpx.post(url, json={"inputs": [one]})
+            reply = httpx.post(url, json={"inputs": [one]}, timeout=60)
             assert reply.status_code == 400 and text in reply.json()["error"]
 
 
@@ -563,7 +563,7 @@ def test_a_client_that_leaves_frees_its_region(server: Server, client: Any) -> N
             one.infer("held", [lent(one, "s", (1, 1), "FP32", "r", 4)], **limit)
         one.close()
         client.unregister_system_shared_memory("r")
-        wait_for(lambda: registered(client) == [], 30, "the region is free")
+        wait_for(lambda: registered(client) == [], 60, "the region is free")
         go()
 
 
@@ -583,7 +583,7 @@ def test_classes_do_not_go_into_shared_memory(server: Server, client: Any) -> No
     one = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1]}
     with regions(client, "r"):
         url = f"http://{server.http}/v2/models/big/infer"
-        reply = httpx.post(url, json={"inputs": [one], "outputs": [output]})
+        reply = httpx.post(url, json={"inputs": [one], "outputs": [output]}, timeout=60)
         assert reply.status_code == 400
         text = "Output can't set both 'shared_memory_region' and 'classification'"
         assert text in reply.json()["error"]

@@ -41,6 +41,12 @@ def by_proxy(models_root: Path) -> Iterator[Server]:
     flags.append(f"--grpc-restricted-protocol=model-repository,metadata:admin={SECRET}")
     with manta_serve(models_root, *flags) as one:
         one.wait_ready()
+        # Serve's proxy opens its ports one after the other.
+        with grpcio.insecure_channel(one.grpc) as channel:
+            request = health_pb2.HealthCheckRequest()
+            health = health_pb2_grpc.HealthStub(channel)
+            reply = health.Check(request, timeout=60, wait_for_ready=True)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
         yield one
 
 
@@ -217,7 +223,7 @@ def test_twenty_megabytes_on_a_stream(grpc: Any) -> None:
 
 def pending(server: Server) -> int:
     """Requests for `slow` that wait in the Router's queue."""
-    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics").text
+    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).text
     name = "nv_inference_pending_request_count"
     lines = [line for line in text.splitlines() if line.startswith(name) and '"slow"' in line]
     return int(float(lines[0].split()[-1])) if lines else 0
@@ -356,10 +362,10 @@ def test_explicit_contents(road: Server) -> None:
 
 def test_serves_proxy_keeps_to_the_restrictions(by_proxy: Server) -> None:
     url = f"http://{by_proxy.http}/v2/repository/index"
-    reply = httpx.post(url)
+    reply = httpx.post(url, timeout=60)
     assert reply.status_code == 403
     assert reply.json() == {"error": "This API is restricted, expecting header 'X-Admin'"}
-    assert httpx.post(url, headers={"x-admin": SECRET}).status_code == 200
+    assert httpx.post(url, headers={"x-admin": SECRET}, timeout=60).status_code == 200
     client = grpcclient.InferenceServerClient(by_proxy.grpc)
     for call in (client.get_model_repository_index, client.get_server_metadata):
         with pytest.raises(InferenceServerException, match="expecting header") as caught:

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 from tests.certificates import Authority
 from tests.serve import repository
 from tests.serve.clients import infer
-from tests.serve.server import BIN, Server, manta_serve
+from tests.serve.server import BIN, START_S, Server, manta_serve
 
 X = {"x": np.array([[1, -1]], np.float32)}
 Y = X["x"] * 2
@@ -81,6 +81,6 @@ def test_a_file_that_is_not_there_ends_the_command_at_once(authority: Authority)
     words = ["--grpc-use-ssl=true", "--grpc-server-cert=/nowhere/server.pem"]
     words += [f"--grpc-server-key={authority.file('server.key')}", "--model-repository=."]
     command = [str(BIN / "manta"), "serve", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
     assert done.returncode == 1
     assert "grpc_server_cert: '/nowhere/server.pem' cannot be read" in done.stderr

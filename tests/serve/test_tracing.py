@@ -118,7 +118,7 @@ def of_request(traces: Path, request_id: str) -> dict[str, Any]:
     def find() -> dict[str, Any] | None:
         return next((t for t in traced(path).values() if t["request_id"] == request_id), None)
 
-    found: dict[str, Any] = wait_for(find, 15, f"{request_id} is in the trace file")
+    found: dict[str, Any] = wait_for(find, 60, f"{request_id} is in the trace file")
     return found
 
 
@@ -176,7 +176,7 @@ def test_one_of_so_many_and_no_more_than_the_count(server: Server, http: Any, tr
     for number in range(12, 15):
         infer(http, "mlp", ROW, request_id=f"counted {number}")
     files = [traces / f"server.json.{index}" for index in range(3)]
-    wait_for(lambda: all(map(events, files)), 15, "three files")
+    wait_for(lambda: all(map(events, files)), 60, "three files")
     ids = [[one["request_id"] for one in traced(path).values()] for path in files]
     assert ids == [["counted 2"], ["counted 5"], ["counted 12"]]
     assert not (traces / "server.json.3").exists()

@@ -93,7 +93,7 @@ def warm_models(models_root: Path, server: Server) -> Iterator[None]:
 
 
 def wait_until_told(server: Server, text: str) -> None:
-    wait_for(lambda: text in server.output(), 30, text)
+    wait_for(lambda: text in server.output(), 60, text)
 
 
 def state(http: Any, name: str) -> dict[str, Any]:

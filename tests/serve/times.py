@@ -27,7 +27,7 @@ STATUS = {
     "501": "UNIMPLEMENTED",
     "503": "UNAVAILABLE",
 }
-LOAD_S = 60.0
+LOAD_S = 120.0
 
 TIMES = """
 import torch

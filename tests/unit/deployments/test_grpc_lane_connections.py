@@ -230,7 +230,7 @@ def test_a_connection_that_ends_takes_its_call_along():
 def test_deadlines_on_both_ways_into_the_lane():
     async def use(server, lane, connect):
         model, gate = server.models["linear"], server.gates["linear"]
-        timed = call(framed(), grpc_timeout="100m")
+        timed = call(framed(), grpc_timeout="500m")
         client = await connect()
         for _ in range(3):  # the same head again: known from the second time on
             assert (await client.ask(timed))[0] == 0

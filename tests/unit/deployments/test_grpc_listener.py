@@ -21,6 +21,7 @@ from tests.certificates import Authority
 
 from .grpc_lanes import Twins, needs_haproxy, run
 from .test_grpc import good
+from .test_haproxy import listens
 
 MESSAGE = good().SerializeToString()
 
@@ -96,6 +97,7 @@ def test_drained_it_answers_what_it_has_and_frees_the_port():
         running = call(MESSAGE)
         await until(lambda: model.groups[1:])
         draining = asyncio.ensure_future(listener.drain())
+        await until(lambda: not listens(server.ports["lane"]))
         await asyncio.sleep(1.5)  # beyond the window in which clients are told
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call(MESSAGE)

@@ -120,7 +120,7 @@ def test_what_waits_is_not_run_when_the_stream_is_gone(how):
         sent.send(*map(ask, range(5)))
         road = next(road for road, one in server.channels.items() if one is channel)
         own = server.channel(road)
-        more = {"timeout": 1.0} if how == "deadline" else {}
+        more = {"timeout": 3.0} if how == "deadline" else {}
         call = stub(own).ModelStreamInfer(sent.requests(), **more)
         reading = asyncio.ensure_future(call.read())
         await until(lambda: gate.pending == 4)
