@@ -38,7 +38,8 @@ def check(settings: Any) -> None:
     if not wanted(settings):
         given = [name for name in FILES if getattr(settings, name)]
         # Somebody who has switched it off means it; who has forgotten the switch must hear of it.
-        if given and not settings.model_fields_set & set(SWITCHES):
+        # (In tritonserver mutual=false switches TLS on, so that says nothing here.)
+        if given and "grpc_use_ssl" not in settings.model_fields_set:
             raise ValueError(f"{given[0]} needs grpc_use_ssl or grpc_use_ssl_mutual")
         return
     need = FILES if settings.grpc_use_ssl_mutual else FILES[:2]
@@ -51,7 +52,7 @@ def check(settings: Any) -> None:
 def certificates(settings: Any) -> Certificates | None:
     """None without TLS. Raises CertificateError unless certificate and key are a pair and clients'
     certificates can be checked: neither HAProxy nor gRPC tells in words what is wrong."""
-    if not wanted(settings):
+    if not (wanted(settings) and settings.allow_grpc):
         return None
     found = Certificates(
         Path(settings.grpc_server_cert),
@@ -83,8 +84,9 @@ def certificates(settings: Any) -> Certificates | None:
 def _readable(name: str, path: Path) -> None:
     try:
         path.read_bytes()
-    except OSError as error:
-        raise CertificateError(f"{name}: '{path}' cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        why = getattr(error, "strerror", None) or "it is no path"
+        raise CertificateError(f"{name}: {str(path)!r} cannot be read: {why}") from None
 
 
 def _reason(error: Exception) -> str:

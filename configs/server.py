@@ -234,11 +234,11 @@ class ServerSettings(BaseModel):
         False, description="gRPC over TLS alone, for clients that have a certificate themselves."
     )
     grpc_server_cert: str = Field(
-        "", description="File with the server's certificate (PEM), on each node with a Router."
+        "", description="Absolute path of the server's certificate (PEM), on each Router's node."
     )
-    grpc_server_key: str = Field("", description="File with its private key (PEM), likewise.")
+    grpc_server_key: str = Field("", description="Absolute path of its private key (PEM).")
     grpc_root_cert: str = Field(
-        "", description="File with the root of clients' certificates (PEM); mutual TLS reads it."
+        "", description="Absolute path of the root of clients' certificates, for mutual TLS."
     )
 
     gpu_fraction: float = Field(

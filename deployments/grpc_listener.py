@@ -162,7 +162,11 @@ class GrpcListener:
     def alive(self) -> bool:
         """False when nobody can have the port any more."""
         fallback = self._fallback
-        return fallback is None or not fallback.done() or fallback.exception() is None
+        if fallback is None or not fallback.done():
+            return True
+        if error := fallback.exception():
+            logger.error("grpc.aio cannot take the gRPC port: %s", error)
+        return error is None
 
     async def drain(self) -> None:
         """HAProxy tells its clients to go, what is in flight is answered, then all ends."""

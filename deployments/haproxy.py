@@ -38,7 +38,7 @@ IDLE_S = 3600
 SILENT_S = 600
 STREAM_S = 7 * 24 * 3600
 PROBE_S = 60
-LANE, ORDINARY, PROBE = "lane.sock", "grpc.sock", "probe.sock"
+LANE, ORDINARY, PROBE, CLEAR = "lane.sock", "grpc.sock", "probe.sock", "clear.sock"
 # HAProxy finds the key by the name of the certificate.
 CERT, KEY, ROOT = "server.pem", "server.pem.key", "root.pem"
 MAX_SOCKET_PATH = 107
@@ -85,8 +85,8 @@ defaults
     clitcpka-intvl {probe_s}s
     option http-no-delay
 
-frontend public
-    bind {address}:{port}{tls} proto h2 tcp-ut {silent_s}s
+{tls}frontend public
+    bind {public} proto h2
     use_backend lane if {{ path {path} }} {{ method POST }}
     use_backend streams if {{ path {stream_path} }}
     use_backend streams if {{ path_beg /grpc.reflection. }}
@@ -110,6 +110,24 @@ backend lane
 backend ordinary
     http-request wait-for-body time {read_ms}ms
     server grpc unix@{folder}/grpc.sock proto h2
+"""
+
+
+# TLS ends in front of HTTP/2: there a client that does not finish its handshake has as much time as
+# for a body, and behind it as much as without.
+_TLS_TEMPLATE = """\
+frontend tls
+    mode tcp
+    bind {port} ssl crt {folder}/{cert} alpn h2 ssl-min-ver TLSv1.2{verify}
+    maxconn {clients}
+    timeout client {read_ms}ms
+    default_backend clear
+
+backend clear
+    mode tcp
+    timeout tunnel {stream_s}s
+    server public unix@{folder}/{clear}
+
 """
 
 
@@ -143,34 +161,45 @@ class Front:
             if not re.fullmatch(r"/[\w./]+", path, re.ASCII):
                 raise ValueError(f"no path of a call: {path!r}")
         address = ipaddress.ip_address(self.address)
-        descriptors = min(MAX_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        where = f"ipv6@[{address}]" if address.version == 6 else f"ipv4@{address}"
+        port = f"{where}:{int(self.port)} tcp-ut {SILENT_S}s"
+        descriptors = _descriptors()
         return _TEMPLATE.format(
-            address=f"ipv6@[{address}]" if address.version == 6 else f"ipv4@{address}",
-            port=int(self.port),
-            tls=self._tls(),
+            public=f"unix@{self.folder}/{CLEAR}" if self.certificates else port,
+            tls=self._tls(port),
             folder=folder,
             path=self.path,
             stream_path=self.stream_path,
             descriptors=descriptors,
-            clients=max(64, descriptors // 4),
+            clients=_clients(),
             calls=max(64, descriptors // 2 - 64),
             streams=max(64, descriptors // 4 - 128),
-            read_ms=max(1, int(self.read_s * 1000)),
+            read_ms=self._read_ms,
             idle_s=IDLE_S,
-            silent_s=SILENT_S,
             stream_s=STREAM_S,
             probe_s=PROBE_S,
             answer_s=IDLE_S + int(self.answer_s),
             grace_s=max(1, int(self.grace_s)),
         )
 
-    def _tls(self) -> str:
+    @property
+    def _read_ms(self) -> int:
+        return max(1, int(self.read_s * 1000))
+
+    def _tls(self, port: str) -> str:
         if self.certificates is None:
             return ""
-        words = f" ssl crt {self.folder}/{CERT} alpn h2 ssl-min-ver TLSv1.2"
-        if self.certificates.root is not None:
-            words += f" verify required ca-file {self.folder}/{ROOT}"
-        return words
+        root = self.certificates.root
+        return _TLS_TEMPLATE.format(
+            port=port,
+            folder=self.folder,
+            cert=CERT,
+            clients=_clients() // 2,  # each is one more behind it
+            verify=f" verify required ca-file {self.folder}/{ROOT}" if root else "",
+            clear=CLEAR,
+            read_ms=self._read_ms,
+            stream_s=STREAM_S,
+        )
 
     def link(self) -> None:
         """The certificates under names of ours: theirs may mean something to HAProxy, and a key
@@ -182,6 +211,14 @@ class Front:
             (self.folder / name).unlink(missing_ok=True)
             if file is not None:
                 (self.folder / name).symlink_to(file.absolute())
+
+
+def _descriptors() -> int:
+    return min(MAX_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _clients() -> int:
+    return max(64, _descriptors() // 4)
 
 
 def find_binary() -> str:

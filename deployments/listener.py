@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from configs import grpc_tls
 from configs.server import ServerSettings
 
 from .grpc_listener import GrpcListener
@@ -133,6 +134,8 @@ class Listener:
         self._grpc: list[GrpcListener] = []
         self.ports: dict[str, int] = {}
         by_router = settings.listener == "router"
+        if by_router:
+            grpc_tls.certificates(settings)  # who starts us hears what is wrong with them
         claims: list[PortClaim] = []
         try:
             # With Serve's own proxy in front only the metrics are ours.

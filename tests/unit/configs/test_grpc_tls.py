@@ -43,6 +43,7 @@ def test_a_pair_and_for_clients_with_certificates_their_root(
         ({"grpc_use_ssl": True, "grpc_server_cert": "c"}, "grpc_use_ssl needs grpc_server_key"),
         ({"grpc_use_ssl_mutual": True, **PAIR}, "grpc_use_ssl_mutual needs grpc_root_cert"),
         (PAIR, "grpc_server_cert needs grpc_use_ssl or grpc_use_ssl_mutual"),
+        ({"grpc_use_ssl_mutual": False, **PAIR}, "grpc_server_cert needs grpc_use_ssl"),
         ({"grpc_root_cert": "r"}, "grpc_root_cert needs grpc_use_ssl"),
         ({"grpc_use_ssl": True, **PAIR, "listener": "serve"}, "needs listener 'router'"),
     ],
@@ -80,6 +81,18 @@ def test_a_file_that_is_no_good_is_named(
     settings = ServerSettings(**{**authority.settings(mutual=True), setting: str(file)})
     with pytest.raises(CertificateError, match=text):
         grpc_tls.certificates(settings)
+
+
+def test_a_path_that_is_none_is_named(authority: Authority) -> None:
+    given = {**authority.settings(mutual=False), "grpc_server_key": "/tmp/\0"}
+    with pytest.raises(CertificateError, match="grpc_server_key: .* cannot be read"):
+        grpc_tls.certificates(ServerSettings(**given))
+
+
+def test_nobody_reads_them_where_there_is_no_grpc() -> None:
+    assert (
+        grpc_tls.certificates(ServerSettings(grpc_use_ssl=True, allow_grpc=False, **PAIR)) is None
+    )
 
 
 def test_a_key_with_a_password_is_refused_and_nobody_asked(

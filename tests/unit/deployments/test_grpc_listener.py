@@ -257,19 +257,41 @@ def test_over_tls_it_answers_those_who_trust_it_and_whom_it_trusts(tmp_path, roa
 
 
 @needs_haproxy
-def test_grpc_aio_has_tls_too_when_it_takes_the_port(tmp_path):
+@pytest.mark.parametrize("mutual", [False, True])
+def test_grpc_aio_has_tls_too_when_it_takes_the_port(tmp_path, mutual):
     ours = Authority(tmp_path / "ours")
+    root, known = read(ours, "root.pem"), [read(ours, "client.pem"), read(ours, "client.key")]
 
     async def use(server):
         while server.edges["lane"].has_lane:
             with suppress(ProcessLookupError):
                 os.kill(server.edges["lane"]._haproxy.pid, 9)
             await asyncio.sleep(0.05)
-        async with secure(server, "lane", read(ours, "root.pem")) as channel:
+        async with secure(server, "lane", root, *known) as channel:
             assert await channel.unary_unary(PATH)(MESSAGE, wait_for_ready=True, timeout=20)
         assert await refused(server.channel("lane"))
+        if mutual:
+            assert await refused(secure(server, "lane", root))
 
-    run(use, **ours.settings(mutual=False))
+    run(use, **ours.settings(mutual))
+
+
+@needs_haproxy
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01\x02\x00"])
+def test_who_does_not_finish_a_handshake_is_let_go(tmp_path, said):
+    ours = Authority(tmp_path / "ours")
+
+    async def use(server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.ports["lane"])
+        writer.write(said)
+        async with secure(server, "lane", read(ours, "root.pem")) as channel:
+            call = channel.unary_unary(PATH)
+            assert await call(MESSAGE, timeout=20)
+            await asyncio.wait_for(reader.read(), 20)
+            assert await call(MESSAGE, timeout=20)  # on a connection that is as old
+        writer.close()
+
+    run(use, http_read_timeout_s=1, **ours.settings(mutual=False))
 
 
 def test_with_certificates_that_are_not_there_nothing_has_the_port(tmp_path):

@@ -93,7 +93,7 @@ def test_nothing_that_means_more_gets_into_its_configuration(wrong):
 
 def test_its_configuration():
     text = front("/tmp/x", 8001).text()
-    assert "bind ipv4@127.0.0.1:8001 proto h2" in text
+    assert "bind ipv4@127.0.0.1:8001 tcp-ut 600s proto h2" in text
     assert "unix@/tmp/x/lane.sock" in text
     assert "use_backend streams if { path /a.B/D }" in text
     assert "bind ipv6@[::1]:8001" in front("/tmp/x", 8001, address="::1").text()
@@ -107,8 +107,9 @@ def test_its_certificates_have_names_of_ours(folder, root):
     told = front(folder, certificates=files)
     for _ in range(2):  # it is started again
         told.link()
-    (bind,) = (line for line in told.text().splitlines() if "proto h2 tcp-ut" in line)
-    assert f" ssl crt {folder}/server.pem alpn h2 ssl-min-ver TLSv1.2" in bind
+    (bind,) = (line for line in told.text().splitlines() if " ssl crt " in line)
+    assert f" crt {folder}/server.pem alpn h2 ssl-min-ver TLSv1.2" in bind
+    assert f"bind unix@{folder}/clear.sock proto h2" in told.text()
     assert (f"verify required ca-file {folder}/root.pem" in bind) == (root is not None)
     assert "/etc/tls" not in told.text() and "stats" not in told.text()
     found = {one.name: one.readlink() for one in Path(folder).iterdir()}
