@@ -208,8 +208,8 @@ def _wait(pid: int, answer: IO[bytes], limit_s: float) -> tuple[int | None, byte
     end_s = time.monotonic() + limit_s
     data = b""
     while time.monotonic() < end_s:
-        ready, _, _ = select.select([answer], [], [], _POLL_S)
-        ended, status = os.waitpid(pid, os.WNOHANG)
+        ended, status = os.waitpid(pid, os.WNOHANG)  # first: then all that it told is in the pipe
+        ready, _, _ = select.select([answer], [], [], 0 if ended else _POLL_S)
         while ready:
             piece = answer.read(1 << 16)
             data += piece or b""
