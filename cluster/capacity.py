@@ -73,7 +73,7 @@ def read(root: Path, settings: ServerSettings, gpus: int) -> tuple[Demand, ...]:
     """
     repository = Repository([root])
     repository.check()
-    planner = Planner(settings, repository, "", Machine(gpus), deploys=False)
+    planner = Planner(settings, repository, "", Machine(gpus), hashes=False)
     demands: list[Demand] = []
     for found in repository.scan():
         plans, failed = planner.plan(found.name)

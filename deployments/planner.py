@@ -91,8 +91,8 @@ class Cluster(Protocol):
 
 
 class Planner:
-    """`deploys` is False for who only asks what would run where: files of gigabytes are then not
-    read for their hash, and `content_hash` is empty."""
+    """`hashes` is False for who deploys nothing: files of gigabytes are then only looked at, and
+    `content_hash` is empty."""
 
     def __init__(
         self,
@@ -100,13 +100,13 @@ class Planner:
         repository: Repository,
         controller_application: str,
         cluster: Cluster,
-        deploys: bool = True,
+        hashes: bool = True,
     ) -> None:
         self._settings = settings
         self._repository = repository
         self._controller_application = controller_application
         self._cluster = cluster
-        self._deploys = deploys
+        self._hashes = hashes
         self._completes = not settings.disable_auto_complete_config
         cache = {"MANTA_COMPILE_CACHE": settings.compile_cache} if settings.compile_cache else {}
         self._environment = {**settings.environment, **cache}
@@ -156,7 +156,8 @@ class Planner:
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.check_artifacts(found, number, normal)
-        content_hash = repository.content_hash(found, number, normal) if self._deploys else ""
+        repository.content(found, number, normal)  # refuses what cannot be read
+        content_hash = repository.content_hash(found, number, normal) if self._hashes else ""
         return Plan(
             found=found,
             number=number,

@@ -321,12 +321,22 @@ class Repository:
     def content_hash(
         self, found: Found, version: int, config: ModelConfig, with_config: bool = False
     ) -> str:
-        """sha256 over the sample, the files that the configuration names beside the versions, all
-        files of the version directory, and those that it names behind a link to a directory.
-
-        `with_config`: config.pbtxt, too, whatever of it is in `config`.
-        """
+        """sha256 over what `content` lists. `with_config`: config.pbtxt, too, whatever of it is in
+        `config`."""
         total = hashlib.sha256()
+        for relative, path in self.content(found, version, config, with_config):
+            total.update(f"{relative}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    total.update(chunk)
+        return total.hexdigest()
+
+    def content(
+        self, found: Found, version: int, config: ModelConfig, with_config: bool = False
+    ) -> list[tuple[str, Path]]:
+        """Path in the model's folder, and where it is: of the sample, the files that the
+        configuration names beside the versions, all files of the version directory, and those that
+        it names behind a link to a directory. Raises what refuses one of them."""
         model = Path(found.path)
         folder = self._version_folder(found, version)
         labels = {output.label_filename for output in config.output if output.label_filename}
@@ -334,16 +344,13 @@ class Repository:
         named = [*([CONFIG] if with_config else []), SAMPLE, *sorted(labels | data)]
         files = {config.default_model_filename, *config.cc_model_filenames.values()} - {""}
         artifacts = {os.path.normpath(f"{version}/{name}") for name in files}
-        for relative in [*named, *sorted(artifacts.union(disk.walk(folder, model)))]:
-            path = contained(model, relative)
-            if path.is_file():
-                total.update(
-                    f"{relative}\0{path.stat().st_size}\0".encode(errors="surrogateescape")
-                )
-                with path.open("rb") as file:
-                    while chunk := file.read(_CHUNK_BYTES):
-                        total.update(chunk)
-        return total.hexdigest()
+        relatives = [*named, *sorted(artifacts.union(disk.walk(folder, model)))]
+        found_at = ((relative, contained(model, relative)) for relative in relatives)
+        content = [(relative, path) for relative, path in found_at if path.is_file()]
+        for relative, path in content:
+            if not os.access(path, os.R_OK):
+                raise Unavailable(f"'{_shown(found, relative)}' cannot be read")
+        return content
 
 
 def _no_version(name: str, version: int) -> str:

@@ -38,7 +38,7 @@ class Verdicts:
         self._repository = Repository(roots)
         self._repository.check()
         settings = ServerSettings(model_repository=tuple(map(str, roots)))
-        self._planner = Planner(settings, self._repository, "", machine, limit_s is not None)
+        self._planner = Planner(settings, self._repository, "", machine, hashes=False)
         self._limit_s = limit_s
         self._compiling = 0  # loads that have imported torch's compiler
 

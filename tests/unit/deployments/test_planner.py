@@ -34,9 +34,9 @@ class Cluster:
         return [f"manta_gpu_{index}" for index in range(self.gpus)] if self.indexed else []
 
 
-def planner(root, cluster=None, deploys=True, **more):
+def planner(root, cluster=None, hashes=True, **more):
     settings = ServerSettings(model_repository=(str(root),), **more)
-    return Planner(settings, Repository((root,)), "manta", cluster or Cluster(), deploys)
+    return Planner(settings, Repository((root,)), "manta", cluster or Cluster(), hashes)
 
 
 def write(root, more="", versions=(1,)):
@@ -56,12 +56,23 @@ def test_a_version_is_completed_placed_and_specified(tmp_path):
     assert spec.content_hash == plan.content_hash and spec.fingerprint == plan.fingerprint
 
 
-def test_who_only_looks_reads_no_file_for_its_hash(tmp_path):
+def test_who_only_looks_reads_no_file_for_its_hash(tmp_path, monkeypatch):
     write(tmp_path)
     (plan,), _ = planner(tmp_path).plan("m")
-    (seen,), _ = planner(tmp_path, deploys=False).plan("m")
+    monkeypatch.setattr(Repository, "content_hash", None)
+    (seen,), _ = planner(tmp_path, hashes=False).plan("m")
     assert plan.content_hash and seen.content_hash == ""
     assert (seen.config, seen.placements) == (plan.config, plan.placements)
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_file_that_leads_out_is_refused_whoever_looks(tmp_path, hashes):
+    root = tmp_path / "models"
+    write(root)
+    (tmp_path / "outside").write_bytes(b"secret")
+    (root / "m" / "1" / "extra.txt").symlink_to(tmp_path / "outside")
+    plans, failed = planner(root, hashes=hashes).plan("m")
+    assert plans == [] and "'m/1/extra.txt' leads out of the model repository" in failed[1]
 
 
 def test_what_other_settings_would_load_otherwise_is_loaded_again(tmp_path):
