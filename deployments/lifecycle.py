@@ -174,8 +174,10 @@ class Lifecycle:
         """All Routers know how it ended, well or not: one has the index that is asked for next."""
         try:
             failed = await self._load_in_turn(name, parameters)
-        finally:
+        except Exception:
             await self._followers.reach(self._catalogue.sequence)
+            raise
+        await self._followers.reach(self._catalogue.sequence)
         if failed:
             raise LoadFailed(name, " ".join(failed))
 

@@ -43,6 +43,13 @@ async def infer_aio(client: Any, model: str, arrays: Arrays, **options: Any) -> 
     return await client.infer(model, inputs(module_of(client), arrays), **options)
 
 
+def pending(server: Any, model: str = "slow") -> int:
+    """Its requests that wait in the Router's queue."""
+    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).text
+    name = f'nv_inference_pending_request_count{{model="{model}",'
+    return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(name))
+
+
 def aio_client(server: Any, protocol: str) -> Any:
     if protocol == "http":
         # It would give up after a minute otherwise, and gRPC's would not.

@@ -251,7 +251,7 @@ def _status(error: InferenceServerException) -> str:
     if name == "UNAVAILABLE" and BROKEN.search(str(error.message())):
         return "cut"
     # HAProxy's word for a Router that went in the middle of an answer.
-    if "RST_STREAM" in str(error.message()):
+    if name in ("UNAVAILABLE", "INTERNAL") and "RST_STREAM" in str(error.message()):
         return "cut"
     return STATUS.get(name, name)
 

@@ -127,6 +127,14 @@ def wait_equal(what: Callable[[], Any], wanted: Any, limit_s: float) -> None:
     assert seen == wanted, f"{seen} is not {wanted} within {limit_s:g} s"
 
 
+def in_three_tries(what: Callable[[], Any]) -> Any:
+    """What a loaded machine may put off now and then, and a fault would each time."""
+    for _ in range(3):
+        if found := what():
+            return found
+    raise AssertionError("not once in three tries")
+
+
 class Server:
     """Start with `start`, end with `stop`; both are bounded, and `close` leaves nothing behind."""
 

@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tests import models
 from tests.serve import acceptance
 from tests.serve.clients import Arrays, aio_client, infer, infer_aio, module_of, rows, statistics
-from tests.serve.server import Server, wait_for
+from tests.serve.server import Server, in_three_tries, wait_for
 
 # The first one that runs waits until all models are loaded.
 pytestmark = pytest.mark.timeout(900)
@@ -83,7 +83,7 @@ def in_one_batch(
         replies = together(server, protocol, model, each)
         return replies if statistics(client, model)["execution_count"] == before + 1 else None
 
-    replies: list[Any] = wait_for(met, 60, "the requests are one batch")
+    replies: list[Any] = in_three_tries(met)
     return replies
 
 

@@ -21,7 +21,7 @@ import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests.serve import raw, repository
-from tests.serve.clients import aio_client, infer, infer_aio, rows, statistics
+from tests.serve.clients import aio_client, infer, infer_aio, pending, rows, statistics
 from tests.serve.server import Server, wait_for
 
 ALGORITHMS = (None, "gzip", "deflate")
@@ -271,13 +271,6 @@ def test_generate_and_infer_tell_the_same_errors(server: Server, http: Any) -> N
         headers = {"content-encoding": "gzip"}
         reply = post(url(server, f"mlp/{verb}"), content=packed, headers=headers)
         assert reply.status_code == 400 and "only 'identity' is supported" in reply.json()["error"]
-
-
-def pending(server: Server) -> int:
-    """Requests for `slow` that wait in the Router's queue."""
-    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).text
-    name = 'nv_inference_pending_request_count{model="slow",'
-    return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(name))
 
 
 def test_a_client_that_leaves_a_stream_takes_its_request_along(

@@ -24,9 +24,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, inputs, rows
+from tests.serve.clients import aio_client, infer, infer_aio, inputs, pending, rows
 from tests.serve.server import BIN, START_S, Server, manta_serve, wait_for
-from tests.serve.test_streams import pending
 
 WAITING = 4  # requests for one model
 INFER_VALUE, ADMIN_VALUE = "1nf3r-v4lue", "4dm1n-v4lue"

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, infer_aio, inputs, rows
+from tests.serve.clients import aio_client, infer, infer_aio, inputs, pending, rows
 from tests.serve.server import GONE_S, Server, manta_serve, port_is_free, wait_for
-from tests.serve.test_streams import pending
 
 MODELS = ("mlp", "eager_mlp", "seed", "strings", "big")
 PLAIN = ("--batching=direct", "--local-channel=false", "--http-lane=false", "--grpc-lane=false")
@@ -102,12 +102,19 @@ def test_each_server_takes_the_roads_that_it_is_told(server: Server, plain: Serv
         details = [r["details"] for r in one.peek()["replicas"] if ".mlp." in r["application"]]
         return int(details[0][road])
 
-    # A replica tells it once a second.
-    wait_for(lambda: batches(server, "by_channel"), 60, "the short road was taken")
-    wait_for(lambda: batches(plain, "by_serve"), 60, "the other road was taken")
+    def grown(one: Server, road: str, before: int) -> bool:
+        with contextlib.closing(httpclient.InferenceServerClient(one.http)) as client:
+            infer(client, "mlp", {"INPUT__0": rows(1, 8)})
+        return batches(one, road) > before
+
+    # A replica tells it once a second, and Serve may stand in until there is a channel.
+    wait_for(partial(grown, server, "by_channel", 0), 60, "the short road is taken")
+    stood_in = batches(server, "by_serve")
+    before = batches(server, "by_channel")
+    wait_for(partial(grown, server, "by_channel", before + 9), 60, "and taken again")
+    assert batches(server, "by_serve") == stood_in
+    wait_for(partial(grown, plain, "by_serve", 0), 60, "the other road is taken")
     assert batches(plain, "by_channel") == 0
-    # Serve may stand in until there is a channel.
-    assert batches(server, "by_channel") > batches(server, "by_serve")
     assert len(server.haproxies()) == 1 and plain.haproxies() == []
 
 

@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.serve import repository
-from tests.serve.clients import aio_client, infer, inputs, rows, statistics
+from tests.serve.clients import aio_client, infer, inputs, pending, rows, statistics
 from tests.serve.server import Server, manta_serve, wait_for
 
 HELD = np.full((1, 1), -1.0, np.float32)
@@ -219,14 +219,6 @@ def test_twenty_megabytes_on_a_stream(grpc: Any) -> None:
 
 
 # --- what nobody waits for is not run ----------------------------------------
-
-
-def pending(server: Server) -> int:
-    """Requests for `slow` that wait in the Router's queue."""
-    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).text
-    name = "nv_inference_pending_request_count"
-    lines = [line for line in text.splitlines() if line.startswith(name) and '"slow"' in line]
-    return int(float(lines[0].split()[-1])) if lines else 0
 
 
 def executions(server: Server, client: Any) -> int:
