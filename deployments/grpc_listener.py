@@ -24,7 +24,8 @@ from configs.server import ServerSettings
 
 from .grpc_lane import PATH, Lane
 from .grpc_services import STREAM_PATH, Gatekeeper, guards
-from .haproxy import LANE, ORDINARY, Front, Haproxy, HaproxyFailed, find_binary
+from .haproxy import Haproxy, HaproxyFailed, find_binary
+from .haproxy_config import LANE, ORDINARY, Front
 from .inference import Inference
 from .ports import PortClaim, private_folder
 

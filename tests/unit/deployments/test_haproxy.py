@@ -18,7 +18,8 @@ import pytest
 
 from configs.grpc_tls import Certificates
 from deployments import haproxy
-from deployments.haproxy import Front, Haproxy, HaproxyFailed, find_binary
+from deployments.haproxy import Haproxy, HaproxyFailed, find_binary
+from deployments.haproxy_config import Front
 
 from .grpc_lanes import needs_haproxy
 
@@ -189,7 +190,8 @@ def test_a_taken_port_and_a_wrong_program_are_told(folder, caplog):
 OWNER = """
 import asyncio, subprocess, sys
 from pathlib import Path
-from deployments.haproxy import Front, Haproxy, find_binary
+from deployments.haproxy import Haproxy, find_binary
+from deployments.haproxy_config import Front
 
 async def main():
     front = Front("127.0.0.1", {port}, Path({folder!r}), "/a.B/C", "/a.B/D", 5, 60, 5)
