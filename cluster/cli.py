@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_settings(arguments: Sequence[str]) -> ServerSettings:
-    """Raises FlagError, ConfigError or pydantic's ValidationError. Paths become absolute."""
+    """Raises FlagError, ConfigError, CertificateError or pydantic's ValidationError. Paths become
+    absolute."""
     settings = ServerSettings(**parse(arguments))
     for path in settings.model_repository:
         if stores.is_remote(path):

@@ -156,8 +156,11 @@ class Planner:
         except ConfigError as error:
             raise repository.explain(found, error) from None
         repository.check_artifacts(found, number, normal)
-        repository.content(found, number, normal)  # refuses what cannot be read
-        content_hash = repository.content_hash(found, number, normal) if self._hashes else ""
+        content_hash = ""
+        if self._hashes:
+            content_hash = repository.content_hash(found, number, normal)
+        else:
+            repository.content(found, number, normal)  # refuses what a hash would
         return Plan(
             found=found,
             number=number,
