@@ -23,7 +23,8 @@ class Mlp(torch.nn.Sequential):
         super().__init__(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
 """
 
-SLOW = '''
+# For models of `holding`.
+HOLD = '''
 import contextlib
 import os
 import time
@@ -32,17 +33,23 @@ import torch
 FOLDER = os.path.dirname(os.path.dirname(__file__))
 GO = os.path.join(FOLDER, "go")
 
+def hold():
+    """Until the model's folder has a file `go`; leaves a file there that says so, and another one
+    when it goes on."""
+    open(os.path.join(FOLDER, f"held.{os.getpid()}"), "w").close()
+    while not os.path.exists(GO):
+        time.sleep(0.01)
+    with contextlib.suppress(OSError):
+        open(os.path.join(FOLDER, f"gone.{os.getpid()}"), "w").close()
+'''
+
+SLOW = f'''{HOLD}
 class Slow(torch.nn.Module):
-    """Sleeps as many seconds as its input says; below 0, until its folder has a file `go`, and
-    leaves a file that says so, and another one when it goes on."""
+    """Sleeps as many seconds as its input says; below 0 it is held."""
 
     def forward(self, seconds):
         if seconds.min() < 0:
-            open(os.path.join(FOLDER, f"held.{os.getpid()}"), "w").close()
-            while not os.path.exists(GO):
-                time.sleep(0.01)
-            with contextlib.suppress(OSError):
-                open(os.path.join(FOLDER, f"gone.{os.getpid()}"), "w").close()
+            hold()
         time.sleep(max(0.0, float(seconds.max())))
         return seconds * 2
 '''
@@ -75,7 +82,8 @@ class Nap(torch.nn.Module):
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[Callable[[], None]]:
-    """Requests below 0 to a slow model are held until this is called, and no longer than this."""
+    """Requests below 0 to a model that can hold are held until this is called, and no longer than
+    this."""
     go = folder / "go"
     with contextlib.suppress(TimeoutError):  # who was let go before may not have looked yet
         wait_for(lambda: not _still_held(folder), 10, "nobody is held")

@@ -38,21 +38,13 @@ HELD = 4
 # Clients of each Router that ask all the time.
 STEADY = 3
 LIMIT_S = 180.0
-HOLD = '''
-import os
-import time
-import torch
-
-FOLDER = os.path.dirname(os.path.dirname(__file__))
-
+HOLD = f'''{repository.HOLD}
 class Hold(torch.nn.Module):
-    """Tells its process. Below 0 it says so in its folder, and waits there for a file `go`."""
+    """Tells its process; below 0 it is held before."""
 
     def forward(self, x):
         if x.min() < 0:
-            open(os.path.join(FOLDER, f"held.{os.getpid()}"), "w").close()
-            while not os.path.exists(os.path.join(FOLDER, "go")):
-                time.sleep(0.01)
+            hold()
         return torch.full(x.shape, os.getpid(), dtype=torch.int64)
 '''
 SPARES = ("spare_a", "spare_b", "spare_c")
